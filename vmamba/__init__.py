@@ -1,0 +1,6 @@
+"""Vision-Mamba backbones on one selective scan, behind timm's interface.
+
+Importing the package registers every model with timm, so that ``timm.create_model("vmamba_tiny_s1l8")`` works.
+"""
+
+__version__ = "0.1.0"

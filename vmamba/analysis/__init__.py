@@ -1,0 +1,1 @@
+"""FLOPs, throughput, memory and pictures."""

@@ -1,0 +1,1 @@
+"""Training and validation of classifiers, built on the pieces of timm."""
