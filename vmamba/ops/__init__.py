@@ -1,1 +1,26 @@
-"""The operator and the routes."""
+"""The operator every family stands on, and the routes it walks."""
+
+from vmamba.ops.extension import BackendInfo, backend_info
+from vmamba.ops.reference import selective_scan_reference
+from vmamba.ops.routes import (
+    DECAY_ONLY,
+    check_route,
+    get_route,
+    list_routes,
+    register_route,
+    reverse,
+)
+from vmamba.ops.selective_scan import selective_scan
+
+__all__ = [
+    "DECAY_ONLY",
+    "BackendInfo",
+    "backend_info",
+    "check_route",
+    "get_route",
+    "list_routes",
+    "register_route",
+    "reverse",
+    "selective_scan",
+    "selective_scan_reference",
+]

@@ -1,0 +1,192 @@
+"""The scan as registered torch operators: what lets torch.compile, export, autograd, autocast and FLOP counters see it.
+
+Three operators share one list of arguments. ``vmamba::selective_scan`` is differentiable; ``selective_scan_forward`` is
+the same kernel without the autograd wrapping, for calls that need no gradient (the wrapping costs more than a small
+scan); ``selective_scan_backward`` gives all gradients at once. The kernels come from the extension built from
+``csrc``; without it the reference stands in on the CPU, and says so.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vmamba.ops import extension
+from vmamba.ops.reference import selective_scan_reference
+
+CHECKPOINT_STEPS = 64
+"""The forward keeps the state at every 64th step for the backward, which recomputes the states in between."""
+
+_INPUTS = (
+    "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor? C, Tensor? D, Tensor? dt_weight, Tensor? dt_bias, "
+    "Tensor route, Tensor? param_route, Tensor? reset, bool dt_softplus, str result"
+)
+_FORWARD = f"({_INPUTS}, ScalarType out_dtype, int checkpoint_steps) -> (Tensor, Tensor)"
+_BACKWARD = (
+    f"(Tensor grad, Tensor checkpoints, {_INPUTS}, int checkpoint_steps) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_FORWARD_OPS = ("selective_scan", "selective_scan_forward")
+
+
+def call(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    D: Tensor | None,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    route: Tensor,
+    param_route: Tensor | None,
+    reset: Tensor | None,
+    dt_softplus: bool,
+    result: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Runs the kernel for ``u``'s device: through autograd only where a gradient may be asked for."""
+    extension.require_kernel(u.device)
+    _check_dtypes(u, dt, B, C)
+    A, D, dt_weight, dt_bias = _float32(A), _float32(D), _float32(dt_weight), _float32(dt_bias)
+    inputs = (u, dt, A, B, C, D, dt_weight, dt_bias)
+    tables = (route, param_route, reset)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return torch.ops.vmamba.selective_scan(*inputs, *tables, dt_softplus, result, out_dtype, CHECKPOINT_STEPS)[0]
+    return torch.ops.vmamba.selective_scan_forward(*inputs, *tables, dt_softplus, result, out_dtype, 0)[0]
+
+
+def _float32(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.dtype is torch.float32 else x.float()
+
+
+def _check_dtypes(u: Tensor, dt: Tensor, B: Tensor, C: Tensor | None) -> None:
+    if u.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"the kernels take float32, bfloat16 and float16, got {u.dtype}; backend='reference' takes float64 too"
+        )
+    same = dt.dtype == u.dtype and B.dtype == u.dtype and (C is None or C.dtype == u.dtype)
+    if not same and not torch.is_autocast_enabled(u.device.type):
+        found = {"u": u.dtype, "dt": dt.dtype, "B": B.dtype, **({} if C is None else {"C": C.dtype})}
+        raise TypeError(f"u, dt, B and C must share one dtype, got {found}; cast them or run under torch.autocast")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registration
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _fake_forward(
+    u, dt, A, B, C, D, dt_weight, dt_bias, route, param_route, reset, dt_softplus, result, out_dtype, checkpoint_steps
+):  # fmt: skip
+    batch, length, channels = u.shape[0], u.shape[-2], u.shape[-1]
+    directions, steps = route.shape[-2:]
+    states = A.shape[-1]
+    shape = {
+        "merged": (batch, length, channels),
+        "steps": (batch, directions, steps, channels),
+        "states": (batch, directions, steps, channels, states),
+    }[result]
+    kept = (steps + checkpoint_steps - 1) // checkpoint_steps if checkpoint_steps else 0
+    checkpoints = u.new_empty((batch, directions, kept, channels, states), dtype=torch.float32)
+    return u.new_empty(shape, dtype=out_dtype), checkpoints
+
+
+def _fake_backward(grad, checkpoints, u, dt, A, B, C, D, dt_weight, dt_bias, *_):
+    def like(x):
+        return grad.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+    return tuple(like(x) for x in (u, dt, A, B, C, D, dt_weight, dt_bias))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.dt_softplus, ctx.result, _out_dtype, ctx.checkpoint_steps = inputs
+    ctx.present = [x is not None for x in tensors]
+    ctx.save_for_backward(output[1], *(x for x in tensors if x is not None))
+
+
+def _backward(ctx, grad, _grad_checkpoints):
+    checkpoints, *saved = ctx.saved_tensors
+    present = iter(saved)
+    tensors = [next(present) if there else None for there in ctx.present]
+    grads = torch.ops.vmamba.selective_scan_backward(
+        grad, checkpoints, *tensors, ctx.dt_softplus, ctx.result, ctx.checkpoint_steps
+    )
+    differentiable = (g if there else None for g, there in zip(grads, ctx.present, strict=False))
+    return (*differentiable, *(None,) * 7)
+
+
+def _scan_flops(u_shape, dt_shape, A_shape, B_shape, *args, **kwargs) -> int:
+    """9 * B*K*T*D*N for the recurrence, B*K*T*D for the skip, 2 * B*K*T*D*R where dt is low-rank."""
+    dt_weight_shape, route_shape = args[2], args[4]
+    directions, steps = route_shape[-2:]
+    elements = u_shape[0] * directions * steps * u_shape[-1]
+    low_rank = 2 * dt_weight_shape[-1] if dt_weight_shape is not None else 0
+    return elements * (9 * A_shape[-1] + 1 + low_rank)
+
+
+def _scan_backward_flops(grad_shape, checkpoints_shape, *args, **kwargs) -> int:
+    """Twice the forward, as for every product."""
+    return 2 * _scan_flops(*args, **kwargs)
+
+
+def _register_autocast(op: str) -> None:
+    """Under autocast the activations take the autocast dtype; A, D and the dt parameters stay float32."""
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def kernel(u, dt, A, B, C, *rest, device=device, excluded=excluded):
+            dtype = torch.get_autocast_dtype(device)
+            u, dt, B, C = (None if x is None else x.to(dtype) for x in (u, dt, B, C))
+            with torch._C._ExcludeDispatchKeyGuard(excluded):
+                return getattr(torch.ops.vmamba, op)(u, dt, A, B, C, *rest)
+
+        _LIBRARY.impl(op, kernel, key)
+
+
+def _register() -> None:
+    for op in _FORWARD_OPS:
+        _LIBRARY.define(f"{op}{_FORWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"vmamba::{op}", _fake_forward, lib=_LIBRARY)
+        register_flop_formula(getattr(torch.ops.vmamba, op))(_scan_flops)
+        _register_autocast(op)
+    _LIBRARY.define(f"selective_scan_backward{_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake("vmamba::selective_scan_backward", _fake_backward, lib=_LIBRARY)
+    register_flop_formula(torch.ops.vmamba.selective_scan_backward)(_scan_backward_flops)
+    torch.library.register_autograd("vmamba::selective_scan", _backward, setup_context=_setup_context, lib=_LIBRARY)
+    extension.load()
+    if not extension.has_kernel("cpu"):
+        _register_reference()
+
+
+def _register_reference() -> None:
+    """Lets the reference serve CPU tensors where the extension could not be loaded (``extension`` has warned)."""
+
+    def run(inputs, dt_softplus, result, out_dtype):
+        u, dt, A, B, C, D, dt_weight, dt_bias, route, param_route, reset = inputs
+        return selective_scan_reference(
+            u, dt, A, B, C, D,
+            dt_weight=dt_weight, dt_bias=dt_bias, route=route, param_route=param_route, reset=reset,
+            dt_softplus=dt_softplus, result=result, out_dtype=out_dtype,
+        )  # fmt: skip
+
+    def forward(*args):
+        *inputs, dt_softplus, result, out_dtype, _ = args
+        checkpoints = _fake_forward(*args)[1].zero_()
+        return run(inputs, dt_softplus, result, out_dtype), checkpoints
+
+    def backward(grad, checkpoints, *args):
+        *inputs, dt_softplus, result, _ = args
+        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs[:8]]
+        wanted = [x for x in leaves if x is not None]
+        with torch.enable_grad():
+            out = run([*leaves, *inputs[8:]], dt_softplus, result, grad.dtype)
+        found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True, materialize_grads=True))
+        return tuple(grad.new_empty(0) if x is None else next(found) for x in leaves)
+
+    for op in _FORWARD_OPS:
+        _LIBRARY.impl(op, forward, "CPU")
+    _LIBRARY.impl("selective_scan_backward", backward, "CPU")
+
+
+_LIBRARY = torch.library.Library("vmamba", "DEF")
+_register()

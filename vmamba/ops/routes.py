@@ -1,0 +1,127 @@
+"""Routes: the order in which a scan visits the positions of a grid.
+
+A route is an int32 tensor of shape (K, T): ``route[k, t]`` is the position ``row * width + column`` that direction ``k``
+visits at step ``t``. A position may be visited several times or never, T need not equal height * width, and the entry
+:data:`DECAY_ONLY` (-1) stands for a step that reads nothing and only lets the state decay.
+
+Routes are made by small functions of (height, width). Register one under a name and every model can use it::
+
+    @register_route("diagonal")
+    def diagonal(height: int, width: int) -> torch.Tensor: ...
+
+    route = get_route("diagonal", 14, 14, device)
+"""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import lru_cache
+
+import torch
+from timm.models import register_notrace_function
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+RouteBuilder = Callable[[int, int], Tensor]
+
+DECAY_ONLY = -1
+"""Route entry of a step that reads no position and writes none: its input is zero and the state only decays."""
+
+_BUILDERS: dict[str, RouteBuilder] = {}
+
+
+def register_route(name: str) -> Callable[[RouteBuilder], RouteBuilder]:
+    """Registers a function of (height, width) that returns a route of shape (K, T) under ``name``.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+
+    def register(builder: RouteBuilder) -> RouteBuilder:
+        if name in _BUILDERS:
+            raise ValueError(f"route '{name}' is registered already; choose another name")
+        _BUILDERS[name] = builder
+        return builder
+
+    return register
+
+
+def list_routes() -> list[str]:
+    """The names of all registered routes, sorted."""
+    return sorted(_BUILDERS)
+
+
+@register_notrace_function
+def get_route(name: str, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """The route registered under ``name`` for a grid of height x width: int32 of shape (K, T), on ``device``.
+
+    Routes are cached per size and device. While a graph is being captured (torch.compile, torch.export) they are
+    computed inside it instead, so that sizes may stay symbolic.
+
+    Raises:
+        ValueError: if no route has that name, or its builder returned something that is no route for this grid.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return _builder(name)(height, width).to(device=device, dtype=torch.int32)
+    return _cached_route(name, height, width, torch.device(device))
+
+
+@lru_cache(maxsize=512)
+def _cached_route(name: str, height: int, width: int, device: torch.device) -> Tensor:
+    # A cached tensor outlives the mode it was made in: one made under inference_mode could never be used in training.
+    with torch.inference_mode(False), torch.device("cpu"):
+        route = _builder(name)(height, width).to(torch.int32)
+        check_route(route, height * width)
+        return route.to(device)
+
+
+def _builder(name: str) -> RouteBuilder:
+    if name not in _BUILDERS:
+        near = get_close_matches(name, _BUILDERS, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(list_routes())}"
+        raise ValueError(f"no route is registered as '{name}'; {hint}")
+    return _BUILDERS[name]
+
+
+def check_route(route: Tensor, length: int) -> None:
+    """Raises ValueError unless ``route`` is an integer (K, T) or (batch, K, T) table of entries in [-1, length)."""
+    if route.dim() not in (2, 3) or route.is_floating_point():
+        raise ValueError(
+            f"a route is an integer table of shape (K, T) or (batch, K, T), got {route.dtype} of shape "
+            f"{tuple(route.shape)}"
+        )
+    if route.numel() == 0:
+        return
+    low, high = int(route.min()), int(route.max())
+    if low < DECAY_ONLY or high >= length:
+        raise ValueError(f"route entries must lie in [{DECAY_ONLY}, {length}), got {low}..{high}")
+
+
+def reverse(route: Tensor) -> Tensor:
+    """The same visits, last one first."""
+    return route.flip(-1)
+
+
+@register_route("raster")
+def raster(height: int, width: int) -> Tensor:
+    """Row by row from the top left, one direction: (1, height * width)."""
+    return torch.arange(height * width, dtype=torch.int32).unsqueeze(0)
+
+
+@register_route("columns")
+def columns(height: int, width: int) -> Tensor:
+    """Column by column from the top left, one direction: (1, height * width)."""
+    return torch.arange(height * width, dtype=torch.int32).view(height, width).t().reshape(1, -1)
+
+
+@register_route("bidirectional")
+def bidirectional(height: int, width: int) -> Tensor:
+    """Row by row, forwards and backwards (Vim): (2, height * width)."""
+    rows = raster(height, width)
+    return torch.cat([rows, reverse(rows)])
+
+
+@register_route("cross")
+def cross(height: int, width: int) -> Tensor:
+    """The four directions of VMamba's SS2D: rows, columns, rows reversed, columns reversed: (4, height * width)."""
+    forward = torch.cat([raster(height, width), columns(height, width)])
+    return torch.cat([forward, reverse(forward)])
