@@ -3,4 +3,6 @@
 Importing the package registers every model with timm, so that ``timm.create_model("vmamba_tiny_s1l8")`` works.
 """
 
+from vmamba import models as models
+
 __version__ = "0.1.0"

@@ -1,1 +1,20 @@
-"""Parts that two or more model families share."""
+"""Parts that two or more model families share. Maps are channels last: (batch, height, width, channels)."""
+
+from vmamba.layers.conv import Conv2dNHWC
+from vmamba.layers.downsample import ConvDownsample, PatchMerging
+from vmamba.layers.init import init_weights
+from vmamba.layers.norm import ScanNorm
+from vmamba.layers.ssm import SelectiveSSM, dt_rank
+from vmamba.layers.stem import ConvStem, PatchStem
+
+__all__ = [
+    "Conv2dNHWC",
+    "ConvDownsample",
+    "ConvStem",
+    "PatchMerging",
+    "PatchStem",
+    "ScanNorm",
+    "SelectiveSSM",
+    "dt_rank",
+    "init_weights",
+]

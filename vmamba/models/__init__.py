@@ -1,1 +1,5 @@
 """The model families; importing this package registers them with timm."""
+
+from vmamba.models.vmamba import VMamba
+
+__all__ = ["VMamba"]

@@ -1,0 +1,83 @@
+"""The parameters of a selective scan, and the scan of a map with them."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vmamba.ops import selective_scan
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+"""Step sizes start log-uniform in [DT_MIN, DT_MAX], none below DT_FLOOR."""
+
+
+def dt_rank(dim: int) -> int:
+    """The rank of the step sizes in a block ``dim`` channels wide: one for every sixteen, rounded up."""
+    return math.ceil(dim / 16)
+
+
+class SelectiveSSM(nn.Module):
+    """Input-dependent scan of a map along several directions, each with its own parameters (Mamba's S6).
+
+    Step sizes, B and C are linear in the input at each position, so they commute with the order of the visits: one
+    projection of the map as it lies serves all directions, and the scan reads its result in route order.
+
+    Parameters (K directions, D channels, N states, R ranks): ``x_proj.weight`` (K*(R+2N), D) with rows dt, B, C per
+    direction; ``dt_weight`` (K, D, R), ``dt_bias`` (K, D), ``A_log`` (K, D, N) and the skip ``D`` (K, D), which are
+    created in float32 whatever ``dtype`` is: the recurrence is not stable in less.
+
+    Args:
+        dim: Channels D of the scanned map.
+        rank: Rank R of the step sizes.
+        d_state: States N per channel.
+        directions: Directions K, each with parameters of its own.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        rank: int,
+        d_state: int = 1,
+        directions: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.rank = rank
+        self.d_state = d_state
+        self.directions = directions
+        self.x_proj = nn.Linear(dim, directions * (rank + 2 * d_state), bias=False, device=device, dtype=dtype)
+        kept = {"device": device, "dtype": torch.float32}
+        self.dt_weight = nn.Parameter(torch.empty(directions, dim, rank, **kept))
+        self.dt_bias = nn.Parameter(torch.empty(directions, dim, **kept))
+        self.A_log = nn.Parameter(torch.empty(directions, dim, d_state, **kept))
+        self.D = nn.Parameter(torch.empty(directions, dim, **kept))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Mamba's initialisation: A = -(1..N), D = 1, softplus(dt_bias) log-uniform, the projections uniform."""
+        self.x_proj.reset_parameters()
+        self.dt_weight.uniform_(-(self.rank**-0.5), self.rank**-0.5)
+        span = math.log(DT_MAX) - math.log(DT_MIN)
+        dt = torch.exp(torch.rand_like(self.dt_bias) * span + math.log(DT_MIN)).clamp(min=DT_FLOOR)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.A_log.copy_(torch.arange(1, self.d_state + 1, device=self.A_log.device).log().expand_as(self.A_log))
+        self.D.fill_(1.0)
+
+    def forward(self, u: Tensor, route: Tensor) -> Tensor:
+        """Scans ``u`` (batch, L, D) along ``route`` (K, T); returns the sum over directions, float32 (batch, L, D)."""
+        batch, length, _ = u.shape
+        params = self.x_proj(u).view(batch, length, self.directions, self.rank + 2 * self.d_state)
+        dt, B, C = params.split([self.rank, self.d_state, self.d_state], dim=-1)
+        return selective_scan(
+            u,
+            dt,
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            self.D,
+            dt_weight=self.dt_weight,
+            dt_bias=self.dt_bias,
+            route=route,
+        )

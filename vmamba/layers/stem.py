@@ -1,0 +1,67 @@
+"""Stems: from an image to the first map of features."""
+
+import torch
+from torch import Tensor, nn
+
+from vmamba.layers.conv import Conv2dNHWC
+
+Factory = dict[str, torch.device | torch.dtype | str | None]
+
+
+def to_nhwc(image: Tensor) -> Tensor:
+    """An image (batch, channels, height, width) as a channels-last view, laid out that way in memory."""
+    return image.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+
+
+class PatchStem(nn.Module):
+    """Non-overlapping patches, then LayerNorm: (batch, C, H, W) to (batch, H // 4, W // 4, dim).
+
+    Up to three last rows and columns of the image that fill no patch are not seen.
+    """
+
+    first_conv = "conv"
+    reduction = 4
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv = Conv2dNHWC(in_chans, dim, kernel_size=4, stride=4, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.norm(self.conv(to_nhwc(image)))
+
+
+class ConvStem(nn.Module):
+    """Two 3x3 convolutions, LayerNorm behind each and GELU between: (batch, C, H, W) to (batch, H / s, W / s, dim).
+
+    The sizes are rounded up; s is the product of the strides, 4 unless said.
+    """
+
+    first_conv = "conv1"
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        strides: tuple[int, int] = (2, 2),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: Factory = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.reduction = strides[0] * strides[1]
+        self.conv1 = Conv2dNHWC(in_chans, dim // 2, kernel_size=3, stride=strides[0], padding=1, **dd)
+        self.norm1 = nn.LayerNorm(dim // 2, **dd)
+        self.act = nn.GELU()
+        self.conv2 = Conv2dNHWC(dim // 2, dim, kernel_size=3, stride=strides[1], padding=1, **dd)
+        self.norm2 = nn.LayerNorm(dim, **dd)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.act(self.norm1(self.conv1(to_nhwc(image))))
+        return self.norm2(self.conv2(x))

@@ -1,0 +1,380 @@
+"""VMamba: Visual State Space Model (arXiv 2401.10166, NeurIPS 2024).
+
+Two generations were released. The first ("vanilla", January 2024) has blocks of a gated scan with sixteen states and no
+MLP; the second has one state, no gate and an MLP. Both scan the map along four routes: by rows, by columns, and both
+reversed. The published weights are under the MIT licence (github.com/MzeroMiko/VMamba).
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from vmamba.layers import (
+    Conv2dNHWC,
+    ConvDownsample,
+    ConvStem,
+    PatchMerging,
+    PatchStem,
+    ScanNorm,
+    SelectiveSSM,
+    dt_rank,
+)
+from vmamba.models._hierarchical import HierarchicalBackbone, Stage
+from vmamba.ops import get_route
+
+__all__ = ["VMamba"]  # timm adds the entry points
+
+
+class SS2D(nn.Module):
+    """The second generation's mixer: projection, depthwise convolution, SiLU, scan in four directions, projection.
+
+    Maps (batch, height, width, dim) to the same shape.
+
+    Args:
+        dim: Channels of the map.
+        d_state: States per channel of the scan.
+        ssm_ratio: Channels of the scan per channel of the map.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__()
+        inner = int(dim * ssm_ratio)
+        self.in_proj = nn.Linear(dim, inner, bias=False, **dd)
+        self.conv = Conv2dNHWC(inner, inner, kernel_size=3, padding=1, groups=inner, bias=False, **dd)
+        self.act = nn.SiLU()
+        self.ssm = SelectiveSSM(inner, dt_rank(dim), d_state, directions=4, **dd)
+        self.out_norm = ScanNorm(inner, **dd)
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+
+    def scan(self, x: Tensor) -> Tensor:
+        """Convolution, scan and norm: (batch, height, width, inner) to the same shape."""
+        u = self.act(self.conv(x))
+        height, width = u.shape[1], u.shape[2]
+        y = self.ssm(u.flatten(1, 2), get_route("cross", height, width, u.device))
+        return self.out_norm(y.unflatten(1, (height, width)), u.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(self.scan(self.in_proj(x)))
+
+
+class GatedSS2D(SS2D):
+    """The first generation's mixer: :class:`SS2D` with a bias in the convolution and a gate on the scan's result."""
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(dim, d_state, ssm_ratio, **dd)
+        inner = int(dim * ssm_ratio)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
+        self.conv = Conv2dNHWC(inner, inner, kernel_size=3, padding=1, groups=inner, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        return self.out_proj(self.scan(x) * self.act(z))
+
+
+class VMambaBlock(nn.Module):
+    """Pre-norm residual block: mixer, then an MLP where the generation has one.
+
+    Args:
+        dim: Channels of the map (batch, height, width, dim).
+        mixer: The mixer.
+        mlp_ratio: Hidden channels of the MLP per channel of the map; 0 leaves out the MLP and its norm.
+        drop_path: Probability of dropping each of the branches, per image.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(dim, **dd) if mlp_ratio else None
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd) if mlp_ratio else None
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        if self.mlp is not None:
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
+
+
+class VMamba(HierarchicalBackbone):
+    """VMamba with timm's interface; see :class:`HierarchicalBackbone` for the arguments not listed.
+
+    Args:
+        depths: Blocks per stage.
+        embed_dim: Channels of the first stage; each stage doubles them.
+        d_state: States per channel of the scans.
+        ssm_ratio: Channels of the scans per channel of the map.
+        mlp_ratio: Hidden channels of the MLPs per channel of the map; 0 for blocks without MLP.
+        drop_path_rate: Stochastic depth of the last block; rises linearly from 0 at the first.
+        stem_layer: Called with (in_chans, embed_dim).
+        downsample_layer: Called with (dim, out_dim), before each stage but the first.
+        mixer_layer: Called with (dim, d_state, ssm_ratio).
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        depths: tuple[int, ...] = (2, 2, 8, 2),
+        embed_dim: int = 96,
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        stem_layer: Any = ConvStem,
+        downsample_layer: Any = ConvDownsample,
+        mixer_layer: Any = SS2D,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+
+        def block(dim: int, rate: float) -> VMambaBlock:
+            return VMambaBlock(dim, mixer_layer(dim, d_state, ssm_ratio, **dd), mlp_ratio, rate, **dd)
+
+        stages = [
+            Stage(
+                dim,
+                [block(dim, rate) for rate in rates[i]],
+                downsample_layer(dims[i - 1], dim, **dd) if i else None,
+            )
+            for i, dim in enumerate(dims)
+        ]
+        stem = stem_layer(in_chans, embed_dim, **dd)
+        super().__init__(stem, stages, in_chans=in_chans, num_classes=num_classes, **kwargs, **dd)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pretrained configurations
+# ---------------------------------------------------------------------------------------------------------------------
+
+_RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download"
+
+PUBLISHED_TOP1 = {
+    "vanilla_vmamba_tiny": 82.2,
+    "vanilla_vmamba_small": 83.5,
+    "vanilla_vmamba_base": 83.7,
+    "vmamba_tiny_s2l5": 82.5,
+    "vmamba_small_s2l15": 83.6,
+    "vmamba_base_s2l15": 83.9,
+    "vmamba_tiny_s1l8": 82.6,
+    "vmamba_small_s1l20": 83.3,
+    "vmamba_base_s1l20": 83.8,
+}
+"""ImageNet-1K top-1 accuracy in percent at 224x224, as the authors published it."""
+
+
+def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "head.fc",
+        "license": "mit",
+        **kwargs,
+    }
+
+
+def _published(path: str, **kwargs: Any) -> dict[str, Any]:
+    return _cfg(
+        url=f"{_RELEASES}/{path}",
+        origin_url="https://github.com/MzeroMiko/VMamba",
+        paper_ids="arXiv:2401.10166",
+        paper_name="VMamba: Visual State Space Model",
+        **kwargs,
+    )
+
+
+_vanilla = partial(_published, first_conv="stem.conv")
+_TINY_S1L8 = _published("%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth")
+_SMALL_S2L15 = _published("%23v2cls/vssm_small_0229_ckpt_epoch_222.pth")
+_BASE_S2L15 = _published("%23v2cls/vssm_base_0229_ckpt_epoch_237.pth")
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vanilla_vmamba_tiny.in1k": _vanilla("%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth"),
+        "vanilla_vmamba_small.in1k": _vanilla("%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth"),
+        "vanilla_vmamba_base.in1k": _vanilla("%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth"),
+        "vmamba_tiny_s2l5.in1k": _published("%23v2cls/vssm_tiny_0230_ckpt_epoch_262.pth"),
+        "vmamba_small_s2l15.in1k": _SMALL_S2L15,
+        "vmamba_base_s2l15.in1k": _BASE_S2L15,
+        "vmamba_tiny_s1l8.in1k": _TINY_S1L8,
+        "vmamba_small_s1l20.in1k": _published("%23v2cls/vssm1_small_0229s_ckpt_epoch_240.pth"),
+        "vmamba_base_s1l20.in1k": _published("%23v2cls/vssm1_base_0229s_ckpt_epoch_225.pth"),
+        # Short names for the three that the authors present as VMamba-T, -S and -B.
+        "vmamba_tiny.in1k": _TINY_S1L8,
+        "vmamba_small.in1k": _SMALL_S2L15,
+        "vmamba_base.in1k": _BASE_S2L15,
+        "vmamba_nano_32.untrained": _cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0),
+        "test_vmamba.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
+        "test_vanilla_vmamba.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5), first_conv="stem.conv"),
+    }
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Entry points
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _create_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VMamba:
+    return build_model_with_cfg(
+        VMamba,
+        variant,
+        pretrained,
+        feature_cfg={"out_indices": tuple(range(len(kwargs["depths"]))), "flatten_sequential": True},
+        **kwargs,
+    )
+
+
+def _create_vanilla(variant: str, pretrained: bool = False, **kwargs: Any) -> VMamba:
+    first_generation = {
+        "d_state": 16,
+        "ssm_ratio": 2.0,
+        "mlp_ratio": 0.0,
+        "stem_layer": PatchStem,
+        "downsample_layer": PatchMerging,
+        "mixer_layer": GatedSS2D,
+    }
+    return _create_vmamba(variant, pretrained, **{**first_generation, **kwargs})
+
+
+@register_model
+def vanilla_vmamba_tiny(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """The first generation's tiny model: 22.9 M parameters, 5.6 G, 82.2 % top-1."""
+    model_args = {"depths": (2, 2, 9, 2), "embed_dim": 96}
+    return _create_vanilla("vanilla_vmamba_tiny", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def vanilla_vmamba_small(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """The first generation's small model: 44.4 M parameters, 11.2 G, 83.5 % top-1."""
+    model_args = {"depths": (2, 2, 27, 2), "embed_dim": 96}
+    return _create_vanilla("vanilla_vmamba_small", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def vanilla_vmamba_base(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """The first generation's base model: 76.3 M parameters, 18.0 G, 83.7 % top-1."""
+    model_args = {"depths": (2, 2, 27, 2), "embed_dim": 128}
+    return _create_vanilla("vanilla_vmamba_base", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def vmamba_tiny_s2l5(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Tiny, scans twice as wide as the map: 30.7 M parameters, 4.9 G, 82.5 % top-1."""
+    model_args = {"depths": (2, 2, 5, 2), "embed_dim": 96, "ssm_ratio": 2.0}
+    return _create_vmamba("vmamba_tiny_s2l5", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def vmamba_small_s2l15(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Small, scans twice as wide as the map: 50.1 M parameters, 8.7 G, 83.6 % top-1."""
+    model_args = {"depths": (2, 2, 15, 2), "embed_dim": 96, "ssm_ratio": 2.0}
+    return _create_vmamba("vmamba_small_s2l15", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def vmamba_base_s2l15(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Base, scans twice as wide as the map: 88.6 M parameters, 15.4 G, 83.9 % top-1."""
+    model_args = {"depths": (2, 2, 15, 2), "embed_dim": 128, "ssm_ratio": 2.0}
+    return _create_vmamba("vmamba_base_s2l15", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def vmamba_tiny_s1l8(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Tiny, scans as wide as the map: 30.2 M parameters, 4.9 G, 82.6 % top-1."""
+    model_args = {"depths": (2, 2, 8, 2), "embed_dim": 96}
+    return _create_vmamba("vmamba_tiny_s1l8", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def vmamba_small_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Small, scans as wide as the map: 49.0 M parameters, 8.6 G, 83.3 % top-1."""
+    model_args = {"depths": (2, 2, 20, 2), "embed_dim": 96}
+    return _create_vmamba("vmamba_small_s1l20", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def vmamba_base_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Base, scans as wide as the map: 86.6 M parameters, 15.2 G, 83.8 % top-1."""
+    model_args = {"depths": (2, 2, 20, 2), "embed_dim": 128}
+    return _create_vmamba("vmamba_base_s1l20", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def vmamba_tiny(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """The authors' VMamba-T: :func:`vmamba_tiny_s1l8`."""
+    return vmamba_tiny_s1l8(pretrained, **kwargs)
+
+
+@register_model
+def vmamba_small(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """The authors' VMamba-S: :func:`vmamba_small_s2l15`."""
+    return vmamba_small_s2l15(pretrained, **kwargs)
+
+
+@register_model
+def vmamba_base(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """The authors' VMamba-B: :func:`vmamba_base_s2l15`."""
+    return vmamba_base_s2l15(pretrained, **kwargs)
+
+
+@register_model
+def vmamba_nano_32(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """For images of 32x32, such as CIFAR: three stages behind a stem of stride 2, not published elsewhere."""
+    model_args = {"depths": (1, 2, 1), "embed_dim": 48, "stem_layer": partial(ConvStem, strides=(2, 1))}
+    return _create_vmamba("vmamba_nano_32", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def test_vmamba(pretrained: bool = False, **kwargs: Any) -> VMamba:  # noqa: PT028
+    """The second generation at the smallest size that still has every part, for tests."""
+    model_args = {"depths": (1, 1, 1, 1), "embed_dim": 16}
+    return _create_vmamba("test_vmamba", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def test_vanilla_vmamba(pretrained: bool = False, **kwargs: Any) -> VMamba:  # noqa: PT028
+    """The first generation at the smallest size that still has every part, for tests."""
+    model_args = {"depths": (1, 1, 1, 1), "embed_dim": 16, "d_state": 4}
+    return _create_vanilla("test_vanilla_vmamba", pretrained, **{**model_args, **kwargs})
