@@ -42,7 +42,7 @@ def load() -> None:
         try:
             torch.ops.load_library(str(path))
         except OSError as error:
-            _error = f"{path.name} did not load under torch {torch.__version__}: {error}"
+            _error = f"{path.name} did not load under torch {torch.__version__}: {error.__cause__ or error}"
     if _error is not None and not os.environ.get("VMAMBA_NO_WARNING"):
         warnings.warn(f"vmamba runs on its slow PyTorch reference: {_error}", stacklevel=2)
 

@@ -1,0 +1,15 @@
+// The CPU kernels: threads over images and blocks of channels, vector lanes over channels, steps in sequence.
+#pragma once
+
+#include "../scan.h"
+
+namespace vmamba::cpu {
+
+int64_t forward_workspace(const Scan& scan);
+void forward(const Scan& scan, void* out, Scalar out_dtype, float* checkpoints, void* workspace, int device);
+
+int64_t backward_workspace(const Scan& scan);
+void backward(const Scan& scan, const void* grad, Scalar grad_dtype, const float* checkpoints,
+              const Gradients& gradients, void* workspace, int device);
+
+}  // namespace vmamba::cpu

@@ -1,0 +1,258 @@
+// The one file that knows both torch (its stable ABI alone) and the kernels: it checks what memory safety needs, turns
+// tensors into a Scan, and registers the kernels. Shapes and dtypes are explained to the user in Python, before this.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/scan_cpu.h"
+#include "scan.h"
+#ifdef VMAMBA_WITH_CUDA
+#include "cuda/scan_cuda.h"
+#endif
+
+namespace vmamba {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Scalar scalar_of(ScalarType type) {
+    switch (type) {
+        case ScalarType::Float:
+            return Scalar::f32;
+        case ScalarType::BFloat16:
+            return Scalar::bf16;
+        case ScalarType::Half:
+            return Scalar::f16;
+        default:
+            STD_TORCH_CHECK(false, "selective_scan takes float32, bfloat16 and float16");
+    }
+}
+
+Result result_of(const std::string& name) {
+    if (name == "merged") return Result::merged;
+    if (name == "steps") return Result::steps;
+    STD_TORCH_CHECK(name == "states", "result must be 'merged', 'steps' or 'states', got '", name, "'");
+    return Result::states;
+}
+
+bool same_sizes(const Tensor& x, const std::vector<int64_t>& sizes) {
+    return std::equal(sizes.begin(), sizes.end(), x.sizes().begin(), x.sizes().end());
+}
+
+Tensor new_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+    return torch::stable::new_empty(like, sizes, dtype);
+}
+
+// The tensors of one call, and the Scan that describes them. Tensors that had to be made contiguous live in here.
+class Arguments {
+  public:
+    Arguments(const Tensor& u, const Tensor& dt, const Tensor& A, const Tensor& B, const OptionalTensor& C,
+              const OptionalTensor& D, const OptionalTensor& dt_weight, const OptionalTensor& dt_bias,
+              const Tensor& route, const OptionalTensor& param_route, const OptionalTensor& reset, bool dt_softplus,
+              const std::string& result, int64_t checkpoint_steps) {
+        STD_TORCH_CHECK(u.dim() == 3 || u.dim() == 4, "u must have 3 or 4 dimensions");
+        STD_TORCH_CHECK(A.dim() == 3, "A must have 3 dimensions");
+        STD_TORCH_CHECK(route.dim() == 2 || route.dim() == 3, "route must have 2 or 3 dimensions");
+        scan.batch = u.size(0);
+        scan.length = u.size(u.dim() - 2);
+        scan.channels = u.size(u.dim() - 1);
+        scan.directions = route.size(route.dim() - 2);
+        scan.steps = route.size(route.dim() - 1);
+        scan.states = A.size(2);
+        scan.rank = dt_weight ? dt_weight->size(2) : 0;
+        scan.dtype = scalar_of(u.scalar_type());
+        scan.result = result_of(result);
+        scan.dt_softplus = dt_softplus;
+        scan.checkpoint_steps = checkpoint_steps;
+
+        scan.u = input_rows(u);
+        scan.dt = parameter_rows(dt, "dt", dt_weight ? scan.rank : scan.channels);
+        scan.B = parameter_rows(B, "B", scan.states);
+        if (C) scan.C = parameter_rows(*C, "C", scan.states);
+        STD_TORCH_CHECK(C || scan.result == Result::states, "C may only be absent for result='states'");
+
+        scan.A = param(A, "A", scan.channels * scan.states);
+        if (D) scan.D = param(*D, "D", scan.channels);
+        if (dt_weight) scan.dt_weight = param(*dt_weight, "dt_weight", scan.channels * scan.rank);
+        if (dt_bias) scan.dt_bias = param(*dt_bias, "dt_bias", scan.channels);
+
+        scan.route = table<int32_t>(route, ScalarType::Int, "route");
+        scan.param_route = param_route ? table<int32_t>(*param_route, ScalarType::Int, "param_route") : scan.route;
+        if (reset) scan.reset = table<uint8_t>(*reset, ScalarType::Bool, "reset");
+    }
+
+    std::vector<int64_t> output_sizes() const {
+        switch (scan.result) {
+            case Result::merged:
+                return {scan.batch, scan.length, scan.channels};
+            case Result::steps:
+                return {scan.batch, scan.directions, scan.steps, scan.channels};
+            default:
+                return {scan.batch, scan.directions, scan.steps, scan.channels, scan.states};
+        }
+    }
+
+    std::vector<int64_t> checkpoint_sizes() const {
+        const int64_t every = scan.checkpoint_steps;
+        const int64_t kept = every > 0 ? (scan.steps + every - 1) / every : 0;
+        return {scan.batch, scan.directions, kept, scan.channels, scan.states};
+    }
+
+    Scan scan;
+
+  private:
+    Tensor keep(const Tensor& tensor) {
+        kept_.push_back(tensor);
+        return tensor;
+    }
+
+    Tensor with_contiguous_rows(const Tensor& x) {
+        const bool contiguous = x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1;
+        return keep(contiguous ? x : torch::stable::contiguous(x));
+    }
+
+    Rows input_rows(const Tensor& u) {
+        const Tensor x = with_contiguous_rows(u);
+        if (x.dim() == 3) return {x.const_data_ptr(), x.stride(0), 0, x.stride(1)};
+        STD_TORCH_CHECK(x.size(1) == scan.directions, "u has the wrong number of directions");
+        return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+    }
+
+    // (batch, L, K or 1, features)
+    Rows parameter_rows(const Tensor& tensor, const char* name, int64_t features) {
+        const bool shared = tensor.dim() == 4 && tensor.size(2) == 1;
+        STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == scan.batch && tensor.size(1) == scan.length &&
+                            (shared || tensor.size(2) == scan.directions) && tensor.size(3) == features,
+                        name, " has the wrong shape");
+        STD_TORCH_CHECK(scalar_of(tensor.scalar_type()) == scan.dtype, name, " must have the dtype of u");
+        const bool expanded = !shared && tensor.stride(2) == 0;
+        const Tensor x = expanded ? keep(torch::stable::contiguous(tensor)) : with_contiguous_rows(tensor);
+        return {x.const_data_ptr(), x.stride(0), shared ? 0 : x.stride(2), x.stride(1)};
+    }
+
+    Param param(const Tensor& tensor, const char* name, int64_t features) {
+        const int64_t count = tensor.size(0);
+        STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
+        STD_TORCH_CHECK((count == 1 || count == scan.directions) && tensor.numel() == count * features, name,
+                        " has the wrong shape");
+        const Tensor x = keep(torch::stable::contiguous(tensor));
+        return {static_cast<const float*>(x.const_data_ptr()), count == 1 ? 0 : features};
+    }
+
+    template <typename T>
+    Table<T> table(const Tensor& tensor, ScalarType type, const char* name) {
+        STD_TORCH_CHECK(tensor.scalar_type() == type, name, " has the wrong dtype");
+        const bool per_image = tensor.dim() == 3;
+        STD_TORCH_CHECK((!per_image || tensor.size(0) == scan.batch) &&
+                            tensor.size(tensor.dim() - 2) == scan.directions &&
+                            tensor.size(tensor.dim() - 1) == scan.steps,
+                        name, " has the wrong shape");
+        const Tensor x = keep(torch::stable::contiguous(tensor));
+        const int64_t image = scan.directions * scan.steps;
+        return {static_cast<const T*>(x.const_data_ptr()), per_image ? image : 0, scan.steps};
+    }
+
+    std::vector<Tensor> kept_;
+};
+
+
+// The kernels of one device. Workspace is memory the kernel needs beside its outputs, in bytes.
+struct Kernels {
+    int64_t (*forward_workspace)(const Scan&);
+    void (*forward)(const Scan&, void* out, Scalar out_dtype, float* checkpoints, void* workspace, int device);
+    int64_t (*backward_workspace)(const Scan&);
+    void (*backward)(const Scan&, const void* grad, Scalar grad_dtype, const float* checkpoints, const Gradients&,
+                     void* workspace, int device);
+};
+
+constexpr Kernels kCpu{cpu::forward_workspace, cpu::forward, cpu::backward_workspace, cpu::backward};
+#ifdef VMAMBA_WITH_CUDA
+constexpr Kernels kCuda{cuda::forward_workspace, cuda::forward, cuda::backward_workspace, cuda::backward};
+#endif
+
+template <const Kernels& kernels>
+std::tuple<Tensor, Tensor> forward(Tensor u, Tensor dt, Tensor A, Tensor B, OptionalTensor C, OptionalTensor D,
+                                   OptionalTensor dt_weight, OptionalTensor dt_bias, Tensor route,
+                                   OptionalTensor param_route, OptionalTensor reset, bool dt_softplus,
+                                   std::string result, ScalarType out_dtype, int64_t checkpoint_steps) {
+    const Arguments arguments(u, dt, A, B, C, D, dt_weight, dt_bias, route, param_route, reset, dt_softplus, result,
+                              checkpoint_steps);
+    const Scan& scan = arguments.scan;
+    Tensor out = new_tensor(u, arguments.output_sizes(), out_dtype);
+    Tensor checkpoints = new_tensor(u, arguments.checkpoint_sizes(), ScalarType::Float);
+    Tensor workspace = new_tensor(u, {kernels.forward_workspace(scan)}, ScalarType::Byte);
+    kernels.forward(scan, out.mutable_data_ptr(), scalar_of(out_dtype),
+                    static_cast<float*>(checkpoints.mutable_data_ptr()), workspace.mutable_data_ptr(),
+                    u.get_device_index());
+    return {out, checkpoints};
+}
+
+// An uninitialised gradient of the input's shape; without an input, an empty tensor.
+Tensor gradient_for(const OptionalTensor& input, const Tensor& like) {
+    if (!input) return new_tensor(like, {0}, ScalarType::Float);
+    const auto sizes = input->sizes();
+    return new_tensor(*input, std::vector<int64_t>(sizes.begin(), sizes.end()), input->scalar_type());
+}
+
+template <const Kernels& kernels>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor grad, Tensor checkpoints, Tensor u, Tensor dt, Tensor A, Tensor B, OptionalTensor C, OptionalTensor D,
+    OptionalTensor dt_weight, OptionalTensor dt_bias, Tensor route, OptionalTensor param_route, OptionalTensor reset,
+    bool dt_softplus, std::string result, int64_t checkpoint_steps) {
+    const Arguments arguments(u, dt, A, B, C, D, dt_weight, dt_bias, route, param_route, reset, dt_softplus, result,
+                              checkpoint_steps);
+    const Scan& scan = arguments.scan;
+    STD_TORCH_CHECK(checkpoint_steps > 0, "the backward needs the checkpoints of a forward that kept them");
+    const Tensor dense_grad = torch::stable::contiguous(grad);
+    STD_TORCH_CHECK(same_sizes(dense_grad, arguments.output_sizes()), "grad has the wrong shape");
+    STD_TORCH_CHECK(same_sizes(checkpoints, arguments.checkpoint_sizes()), "checkpoints have the wrong shape");
+
+    Tensor du = gradient_for(u, u), ddt = gradient_for(dt, u), dA = gradient_for(A, u), dB = gradient_for(B, u);
+    Tensor dC = gradient_for(C, u), dD = gradient_for(D, u);
+    Tensor ddt_weight = gradient_for(dt_weight, u), ddt_bias = gradient_for(dt_bias, u);
+    const auto floats = [](Tensor& x, const OptionalTensor& input) {
+        return input ? static_cast<float*>(x.mutable_data_ptr()) : nullptr;
+    };
+    Gradients gradients;
+    gradients.u = du.mutable_data_ptr();
+    gradients.dt = ddt.mutable_data_ptr();
+    gradients.B = dB.mutable_data_ptr();
+    gradients.C = C ? dC.mutable_data_ptr() : nullptr;
+    gradients.A = floats(dA, A);
+    gradients.D = floats(dD, D);
+    gradients.dt_weight = floats(ddt_weight, dt_weight);
+    gradients.dt_bias = floats(ddt_bias, dt_bias);
+    Tensor workspace = new_tensor(u, {kernels.backward_workspace(scan)}, ScalarType::Byte);
+    kernels.backward(scan, dense_grad.const_data_ptr(), scalar_of(grad.scalar_type()),
+                     static_cast<const float*>(checkpoints.const_data_ptr()), gradients, workspace.mutable_data_ptr(),
+                     u.get_device_index());
+    return {du, ddt, dA, dB, dC, dD, ddt_weight, ddt_bias};
+}
+
+}  // namespace
+}  // namespace vmamba
+
+// The schemas are defined in vmamba/ops/registration.py, beside the fake implementations and the autograd formula.
+STABLE_TORCH_LIBRARY_IMPL(vmamba, CPU, m) {
+    m.impl("selective_scan", TORCH_BOX(&vmamba::forward<vmamba::kCpu>));
+    m.impl("selective_scan_forward", TORCH_BOX(&vmamba::forward<vmamba::kCpu>));
+    m.impl("selective_scan_backward", TORCH_BOX(&vmamba::backward<vmamba::kCpu>));
+}
+
+#ifdef VMAMBA_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(vmamba, CUDA, m) {
+    m.impl("selective_scan", TORCH_BOX(&vmamba::forward<vmamba::kCuda>));
+    m.impl("selective_scan_forward", TORCH_BOX(&vmamba::forward<vmamba::kCuda>));
+    m.impl("selective_scan_backward", TORCH_BOX(&vmamba::backward<vmamba::kCuda>));
+}
+#endif
