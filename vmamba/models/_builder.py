@@ -1,0 +1,81 @@
+"""timm's model builder, with checkpoint errors a reader can act on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.models import build_model_with_cfg
+from torch import nn
+
+from vmamba.models._checkpoint import HARMLESS_TYPES, CheckpointError, StateDict, check_fit, why_unreadable
+
+
+def build_model(
+    model_cls: Callable[..., nn.Module],
+    variant: str,
+    pretrained: bool,
+    filter_fn: Callable[[StateDict, nn.Module], StateDict],
+    **kwargs: Any,
+) -> Any:
+    """timm's ``build_model_with_cfg`` for a family of this package.
+
+    Weights are read by timm without executing pickled code, converted by ``filter_fn`` and compared with the model
+    before they are loaded.
+
+    Args:
+        model_cls: Makes the model.
+        variant: Its registered name.
+        pretrained: Whether to load weights.
+        filter_fn: Turns published names and shapes into the model's.
+        **kwargs: For ``build_model_with_cfg``.
+
+    Raises:
+        CheckpointError: if the weights cannot be read or do not fit.
+    """
+    strict = kwargs.get("pretrained_strict", True)
+    features_only = kwargs.get("features_only", False)
+    reading: list[nn.Module] = []  # the model, from when it is built to when its weights have been read
+
+    def construct(**model_kwargs: Any) -> nn.Module:
+        model = model_cls(**model_kwargs)
+        if pretrained:
+            reading.append(model)
+        return model
+
+    def convert(state_dict: Any, model: nn.Module) -> StateDict:
+        reading.clear()
+        try:
+            converted = filter_fn(state_dict, model)
+            if strict:
+                check_fit(converted, model, _adapted_by_timm(model, features_only))
+        except CheckpointError as error:
+            raise CheckpointError(f"{_location(model)} for {variant}: {error}") from None
+        return converted
+
+    try:
+        with torch.serialization.safe_globals(HARMLESS_TYPES):
+            return build_model_with_cfg(construct, variant, pretrained, pretrained_filter_fn=convert, **kwargs)
+    except Exception as error:
+        if not reading:
+            raise
+        location = _location(reading[0])
+        raise CheckpointError(f"{location} for {variant}: {why_unreadable(error, location)}") from error
+
+
+def _adapted_by_timm(model: nn.Module, features_only: bool) -> frozenset[str]:
+    """The parameters that timm itself drops or converts where the request differs from the checkpoint."""
+    cfg: Any = model.pretrained_cfg
+    adapted: list[str] = []
+    if features_only or model.num_classes != cfg["num_classes"]:
+        adapted.append(cfg["classifier"])
+    if model.in_chans != cfg["input_size"][0]:
+        adapted.append(cfg["first_conv"])
+    return frozenset(f"{module}.{kind}" for module in adapted for kind in ("weight", "bias"))
+
+
+def _location(model: nn.Module) -> str:
+    """Where the model's pretrained configuration says its weights are."""
+    cfg: Any = getattr(model, "pretrained_cfg", {})
+    if cfg.get("state_dict"):
+        return "the given state dict"
+    return str(cfg.get("file") or cfg.get("url") or cfg.get("hf_hub_id") or "the checkpoint")

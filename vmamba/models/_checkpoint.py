@@ -1,0 +1,112 @@
+"""Published checkpoints: what may be read from them without executing anything, and whether they fit a model."""
+
+import argparse
+import collections
+import urllib.error
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+
+from vmamba.errors import UserError
+
+StateDict = dict[str, Tensor]
+
+_NUMPY = np._core if hasattr(np, "_core") else np.core  # moved in NumPy 2
+
+HARMLESS_TYPES: list[Callable | tuple[Callable, str]] = [
+    argparse.Namespace,
+    # A raw training checkpoint pickles its yacs configuration. Nothing needs the class: its items suffice.
+    (collections.OrderedDict, "yacs.config.CfgNode"),
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8", "?")),
+    *(
+        (getattr(_NUMPY.multiarray, function), f"{module}.multiarray.{function}")
+        for module in ("numpy.core", "numpy._core")
+        for function in ("scalar", "_reconstruct")
+    ),
+]
+"""Types found beside the weights in published files; they hold data only. All else stays refused by torch.load."""
+
+WRAPPERS = ("state_dict_ema", "model_ema", "model", "state_dict")
+"""Where files keep their weights, best first: where averaged weights exist, the published accuracies are theirs."""
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint that cannot be read or does not fit the model; the message is one line."""
+
+
+def unwrap(checkpoint: Any) -> StateDict:
+    """The weights inside a checkpoint: under the first of :data:`WRAPPERS` that it has, or the checkpoint itself.
+
+    Prefixes of wrapped modules (``module.``, ``_orig_mod.``) and of detectors (``backbone.``, with everything beside
+    the backbone) are taken off.
+
+    Raises:
+        CheckpointError: if there are no weights.
+    """
+    inner = checkpoint
+    if isinstance(checkpoint, Mapping):
+        inner = next((checkpoint[key] for key in WRAPPERS if isinstance(checkpoint.get(key), Mapping)), checkpoint)
+    if not isinstance(inner, Mapping) or not any(isinstance(value, Tensor) for value in inner.values()):
+        found = f"the keys {_some(inner)}" if isinstance(inner, Mapping) else f"a {type(inner).__name__}"
+        raise CheckpointError(
+            f"holds no weights: expected a state dict, bare or under {', '.join(map(repr, WRAPPERS))}, found {found}"
+        )
+    state_dict = clean_state_dict({key: value for key, value in inner.items() if isinstance(value, Tensor)})
+    backbone = {
+        key.removeprefix("backbone."): value for key, value in state_dict.items() if key.startswith("backbone.")
+    }
+    return backbone or state_dict
+
+
+def check_fit(state_dict: StateDict, model: nn.Module, adapted: frozenset[str] = frozenset()) -> None:
+    """Raises CheckpointError, naming the first of each kind of mismatch, unless ``state_dict`` fills ``model`` exactly.
+
+    Args:
+        state_dict: Weights under the model's own names.
+        model: The model.
+        adapted: Names that are allowed to be absent or of another shape.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in state_dict and key not in adapted]
+    unexpected = [key for key in state_dict if key not in own and key not in adapted]
+    reshaped = [
+        f"{key} is {tuple(state_dict[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state_dict and key not in adapted and state_dict[key].shape != value.shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    found = [f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in kinds.items() if keys]
+    if found:
+        raise CheckpointError(f"does not fit this model: {', '.join(found)}")
+
+
+def why_unreadable(error: Exception, location: str) -> str:
+    """What kept a checkpoint from being read, in words for the one who asked for it."""
+    if isinstance(error, urllib.error.URLError):
+        return f"could not be downloaded: {error}"
+    if not Path(location).is_file():
+        return "there is no such file" if isinstance(error, FileNotFoundError) else f"could not be read: {error}"
+    try:
+        refused = torch.serialization.get_unsafe_globals_in_checkpoint(location)
+    except Exception:
+        refused = []
+    if refused:
+        return (
+            f"pickles {_some(sorted(refused))} beside its weights, and pickled code is never executed; if you trust "
+            "the file, save its weights alone: torch.save({'model': state_dict}, path)"
+        )
+    size = Path(location).stat().st_size
+    return f"is truncated, corrupt or no checkpoint at all ({size:,} bytes)"
+
+
+def _some(keys: Any, most: int = 3) -> str:
+    """The first few of the keys."""
+    keys = [str(key) for key in keys]
+    return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
