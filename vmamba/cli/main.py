@@ -1,0 +1,74 @@
+"""The `vmamba` command: finds the sub-command, and turns mistakes into one line."""
+
+import importlib
+import os
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+from vmamba import __version__
+from vmamba.errors import UserError, nearest
+
+# Each sub-command is a module with `add_arguments(parser)` and `run(args)`. It is imported only when it is called, so
+# that the help comes at once.
+COMMANDS = {
+    "train": ("vmamba.cli.train", "train a classifier; alone, a small one on handwritten digits"),
+    "validate": ("vmamba.cli.validate", "measure accuracy on labelled images"),
+    "predict": ("vmamba.cli.predict", "name what is on images"),
+    "models": ("vmamba.cli.models", "list the models: parameters, MACs, top-1, licence"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a sub-command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process if None.
+
+    Returns:
+        Exit status: 0, 2 for a mistake in the input, 130 when interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        rank = os.environ.get("RANK")
+        where = f" [process {rank}]" if rank not in (None, "0") else ""
+        print(f"vmamba: error{where}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vmamba: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of the output, such as `head`, has seen enough; Python must not complain about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    if name in ("-V", "--version"):
+        print(f"vmamba {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS) or '; see vmamba --help'}")
+    module_name, summary = COMMANDS[name]
+    module = importlib.import_module(module_name)
+    parser = ArgumentParser(f"vmamba {name}", description=summary[0].upper() + summary[1:] + ".")
+    module.add_arguments(parser)
+    module.run(parser.parse_args(arguments[1:]))
+    return 0
+
+
+def _help() -> str:
+    lines = ["usage: vmamba COMMAND [OPTIONS]", "", "Vision-Mamba backbones.", "", "commands:"]
+    lines += [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines += ["", "`vmamba COMMAND --help` lists the options of a command."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""`vmamba train`."""
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import sys
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from pathlib import Path
+from typing import Any
+
+from vmamba.errors import UserError
+from vmamba.training.config import DIGITS, TrainConfig, bundled, default_recipe, load, parse
+
+_logger = logging.getLogger(__name__)
+
+LOG_NAME = "train.log"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The options of the run, and one for each field of the configuration."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "bundled recipes: " + ", ".join(name for name in bundled() if not name.startswith("_"))
+    parser.add_argument(
+        "--config",
+        metavar="RECIPE",
+        help="a bundled recipe or a YAML file; default: the digits recipe for the digits, else that of the model",
+    )
+    parser.add_argument(
+        "--resume", metavar="RUN", help="folder of a run to go on with; other options change its config"
+    )
+    parser.add_argument("--output", default="runs", metavar="DIR", help="folder for runs (default: runs)")
+    parser.add_argument("--name", help="name of the run's folder (default: MODEL-DATA, with a number if taken)")
+    parser.add_argument("--stop-after", type=int, metavar="N", help="stop after N epochs, to be resumed later")
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainConfig):
+        name = field.metadata["group"]
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        _add_field(groups[name], field)
+
+
+def run(args: Namespace) -> None:
+    """Train, and say what there is now."""
+    overrides = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(TrainConfig)
+        if getattr(args, field.name) is not None
+    }
+    if args.resume is None:
+        recipe = args.config or default_recipe(overrides.get("model"), overrides.get("data"))
+        _train(args, load(recipe, overrides), None, None)
+        return
+    if args.config or args.name:
+        raise UserError("--resume goes on with the config and folder of the run; leave --config and --name out")
+    folder, content = _read_run(Path(args.resume))
+    config = parse({**content["config"], **overrides}, "--resume")
+    if config.model != content["arch"]:
+        raise UserError(f"{folder} is a run of '{content['arch']}' and cannot be resumed as '{config.model}'")
+    _train(args, config, folder, content)
+
+
+def _train(args: Namespace, config: TrainConfig, folder: Path | None, content: dict[str, Any] | None) -> None:
+    # Not at the top: `vmamba train --help` must not wait for torch.
+    import torch
+
+    from vmamba.cli.output import in_file, on_terminal
+    from vmamba.training import checkpoint
+    from vmamba.training.distributed import join
+    from vmamba.training.trainer import Trainer
+
+    with join(config.device) as process, on_terminal(process.is_first), contextlib.ExitStack() as log:
+        trainer = Trainer(config, process, content, show_bar=sys.stderr.isatty())
+        # Only now, so that a mistake in the options leaves no empty folder behind.
+        if folder is None:
+            folder = Path(process.from_first(str(_new_folder(args, config)) if process.is_first else None))
+        if process.is_first:
+            log.enter_context(in_file(folder / LOG_NAME))
+            for leftover in checkpoint.remove_leftovers(folder):
+                _logger.warning(f"removed {leftover.name}, left by a save that was cut off")
+        try:
+            best = trainer.fit(folder, args.stop_after)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                "out of GPU memory; try --grad-checkpointing, a larger --accumulate or a smaller --batch-size"
+            ) from error
+        if process.is_first:
+            _report(folder, config, best)
+
+
+def _add_field(group: Any, field: dataclasses.Field) -> None:
+    dashed = "--" + field.name.replace("_", "-")
+    flags = [dashed] if "_" not in field.name else [dashed, "--" + field.name]
+    # "%" would start a format of argparse.
+    help_text = field.metadata["help"].replace("%", "%%")
+    if field.type is bool or field.type == "bool":
+        group.add_argument(*flags, action=BooleanOptionalAction, default=None, help=help_text)
+    else:
+        group.add_argument(*flags, metavar="VALUE", help=help_text)
+
+
+def _read_run(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Folder of a run and the content of its last checkpoint."""
+    from vmamba.training import checkpoint
+    from vmamba.training.trainer import LAST_NAME
+
+    file = path / LAST_NAME if path.is_dir() else path
+    content = checkpoint.read(file)
+    if content.get(checkpoint.FORMAT_KEY) != checkpoint.TRAINING_FORMAT:
+        raise UserError(f"{file} holds weights only; a run is resumed from its {LAST_NAME}")
+    return file.parent, content
+
+
+def _new_folder(args: Namespace, config: TrainConfig) -> Path:
+    parent = Path(args.output)
+    stem = args.name or f"{config.model}-{Path(config.data).name or 'data'}"
+    folder, number = parent / stem, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if args.name:
+                raise UserError(
+                    f"run {folder} exists already; give another --name, or go on with it: --resume {folder}"
+                ) from None
+            number += 1
+            folder = parent / f"{stem}-{number}"
+        except OSError as error:
+            raise UserError(f"cannot create {folder}: {error.strerror}") from error
+
+
+def _report(folder: Path, config: TrainConfig, best: Any) -> None:
+    from vmamba.training.trainer import BEST_NAME
+
+    weights = " with the averaged weights" if best.weights == "ema" else ""
+    _logger.info(f"best top-1 {best.top1:.2f} % in epoch {best.epoch}{weights}")
+    _logger.info(f"saved  {folder}: {', '.join(sorted(entry.name for entry in folder.iterdir()))}")
+    images = DIGITS if config.data == DIGITS else "IMAGE_OR_FOLDER"
+    _logger.info(f"next   vmamba predict {images} --checkpoint {folder / BEST_NAME}")

@@ -1,0 +1,168 @@
+"""Checkpoint files: written whole or not at all, read without ever running code from them.
+
+A file holds tensors, numbers, strings, lists and dictionaries only, so ``torch.load(weights_only=True)`` reads it. The
+weights lie under ``state_dict`` (and ``state_dict_ema``), where timm looks for them.
+"""
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from timm.models import load_state_dict as read_state_dict
+from torch import nn
+
+from vmamba.errors import UserError
+
+FORMAT_KEY = "format"
+WEIGHTS_FORMAT = "vmamba-weights-1"  # best.pth: one set of weights, and what is needed to use them
+TRAINING_FORMAT = "vmamba-training-1"  # last.pth: everything needed to go on
+
+_TEMPORARY = ".tmp-"
+_SHOWN_MISMATCHES = 3
+
+
+def save(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint so that the file at ``path`` is complete at every moment.
+
+    The content goes to a temporary file in the same folder, which takes the name once it is safe on disk. After a full
+    disk, or a kill at any point, the previous file is still there.
+
+    Raises:
+        UserError: The file could not be written.
+    """
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch wraps the system's error into a RuntimeError of its own that does not say what happened.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else " ".join(str(cause).split())
+        kept = "; the previous one is intact" if path.exists() else ""
+        raise UserError(f"cannot save checkpoint {path}: {reason}{kept}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Delete the temporary files of a save that was killed; returns what was deleted."""
+    leftovers = sorted(folder.glob(f".*{_TEMPORARY}*"))
+    for leftover in leftovers:
+        leftover.unlink()
+    return leftovers
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read the whole content of a checkpoint onto the CPU.
+
+    Raises:
+        UserError: There is no such file, it is damaged, or it holds objects other than tensors and plain values.
+    """
+    content = _reading(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a checkpoint (a dictionary)")
+    return content
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read the weights out of any checkpoint layout that timm knows, ``.safetensors`` included."""
+    weights = _reading(path, lambda: read_state_dict(str(path), weights_only=True))
+    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(
+            f"{path} holds no weights: expected a dictionary of tensors, bare or under 'model' or 'state_dict'"
+        )
+    return weights
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], origin: str) -> None:
+    """Load weights strictly; every name and shape must agree.
+
+    Raises:
+        UserError: They do not; names the first differences.
+    """
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise UserError(mismatch_message(error, origin)) from error
+
+
+def mismatch_message(error: RuntimeError, origin: str) -> str:
+    """One line out of the long message that torch has for weights which do not fit a model."""
+    text = str(error)
+    model_name = (re.search(r"loading state_dict for (\w+)", text) or [None, "the model"])[1]
+    shapes = re.findall(
+        r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\) from checkpoint.*?torch\.Size\((\[.*?\])\)", text
+    )
+    missing = _quoted_names(text, "Missing")
+    unexpected = _quoted_names(text, "Unexpected")
+    if not (shapes or missing or unexpected):
+        return f"{origin} does not fit: {' '.join(text.split())}"
+    parts = []
+    if shapes:
+        shown = [f"{name} is {found}, expected {expected}" for name, found, expected in shapes]
+        parts.append(_first(f"{len(shapes)} shape(s) differ", shown))
+    if missing:
+        parts.append(_first(f"{len(missing)} missing", missing))
+    if unexpected:
+        parts.append(_first(f"{len(unexpected)} unexpected", unexpected))
+    return f"{origin} does not fit {model_name}: " + "; ".join(parts)
+
+
+def _first(what: str, names: list[str]) -> str:
+    dots = ", ..." if len(names) > _SHOWN_MISMATCHES else ""
+    return f"{what} ({', '.join(names[:_SHOWN_MISMATCHES])}{dots})"
+
+
+def _quoted_names(text: str, kind: str) -> list[str]:
+    listed = re.search(rf"{kind} key\(s\) in state_dict: (.*?)\. *(?:\n|$)", text)
+    return re.findall(r'"([^"]+)"', listed[1]) if listed else []
+
+
+def _reading(path: Path, load: Any) -> Any:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, expected a checkpoint file")
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} not found")
+    if path.stat().st_size == 0:
+        raise UserError(f"checkpoint {path} is empty")
+    try:
+        return load()
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        foreign = _foreign_objects(path)
+        if foreign:
+            raise UserError(
+                f"{path} holds Python objects ({', '.join(foreign[:_SHOWN_MISMATCHES])}), which are never loaded because "
+                "they can run code; save its weights alone"
+            ) from error
+        raise UserError(f"{path} is damaged, incomplete or no checkpoint at all: {_short(error)}") from error
+
+
+def _foreign_objects(path: Path) -> list[str]:
+    """Classes that a readable checkpoint would have to import."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # the file is damaged, in one of the many ways a file can be
+        return []
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name itself survive a power cut."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

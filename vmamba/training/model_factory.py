@@ -1,0 +1,155 @@
+"""From a model name or a checkpoint to a model, with errors a user can act on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.models import PretrainedCfg, get_pretrained_cfg, is_model
+from torch import nn
+
+import vmamba.models  # noqa: F401  (registers this package's models with timm)
+from vmamba.errors import UserError, nearest
+from vmamba.training import checkpoint
+
+
+@dataclass
+class ModelRequest:
+    """What is asked of timm's model factory.
+
+    Args:
+        name: A timm model name, with or without a tag.
+        num_classes: Outputs of the classifier; the model's own if None.
+        img_size: Side of the input; the model's own if None.
+        kwargs: Further arguments of the model; those that are None are left out.
+    """
+
+    name: str
+    num_classes: int | None = None
+    img_size: int | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments for ``timm.create_model`` besides the name."""
+        arguments = {"num_classes": self.num_classes, **self.kwargs}
+        # Only models that are built for one size take it as an argument; the others accept any image.
+        if self.img_size is not None and default_cfg(self.name).fixed_input_size:
+            arguments["img_size"] = self.img_size
+        return {key: value for key, value in arguments.items() if value is not None}
+
+
+@dataclass
+class Classifier:
+    """A model and what is needed to use it.
+
+    Args:
+        model: The model, on the CPU, in eval mode.
+        name: Its timm name.
+        preprocessing: timm's data configuration: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        class_names: Name of each output, where known.
+        origin: Metadata of the run that trained it, empty otherwise.
+    """
+
+    model: nn.Module
+    name: str
+    preprocessing: dict[str, Any]
+    class_names: list[str] | None = None
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+def default_cfg(name: str) -> PretrainedCfg:
+    """timm's pretrained_cfg of a model name.
+
+    Raises:
+        UserError: No model, or no tag, of that name.
+    """
+    architecture = _architecture(name)
+    if not is_model(architecture):
+        raise UserError(f"unknown model '{name}'{nearest(architecture, timm.list_models())}")
+    try:
+        return get_pretrained_cfg(name) or PretrainedCfg()
+    except RuntimeError as error:
+        tagged = timm.list_models(f"{architecture}.*", pretrained=True)
+        raise UserError(f"no weights are known as '{name}'{nearest(name, tagged)}") from error
+
+
+def create(request: ModelRequest, pretrained: bool = False) -> nn.Module:
+    """Build a model, with the published weights if asked for."""
+    cfg = default_cfg(request.name)
+    if pretrained and not cfg.has_weights:
+        raise UserError(f"no published weights are known for '{request.name}'; use --checkpoint FILE")
+    try:
+        return timm.create_model(request.name, pretrained=pretrained, **request.arguments())
+    except TypeError as error:
+        raise UserError(f"model '{request.name}' cannot be built: {error}") from error
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        what = "the published weights of" if pretrained else "model"
+        raise UserError(f"cannot get {what} '{request.name}': {' '.join(str(error).split())[:300]}") from error
+
+
+def create_with_weights(request: ModelRequest, path: Path) -> nn.Module:
+    """Build a model and load a file into it, in our own or in the published layout, strictly.
+
+    The file goes through timm's loading of pretrained weights, and so through the ``checkpoint_filter_fn`` of the
+    model's family.
+    """
+    cfg = default_cfg(request.name)
+    weights = checkpoint.read_weights(path)
+    arguments = request.arguments()
+    # timm loads strictly only if the classifier has as many outputs as its cfg says the weights have.
+    overlay = {
+        "state_dict": weights,
+        "custom_load": False,
+        "num_classes": arguments.setdefault("num_classes", cfg.num_classes),
+    }
+    try:
+        model = timm.create_model(request.name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    except RuntimeError as error:
+        raise UserError(checkpoint.mismatch_message(error, str(path))) from error
+    except (KeyError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} does not fit '{request.name}': {type(error).__name__}: {error}") from error
+    del model.pretrained_cfg["state_dict"]  # or the weights would live as long as the model, twice
+    return model
+
+
+def load_classifier(path: Path, request: ModelRequest | None = None) -> Classifier:
+    """Restore a model from a checkpoint of ours, or from a file in another layout if a model is named.
+
+    Args:
+        path: ``best.pth`` or ``last.pth`` of a run, or published weights.
+        request: The model; may be None for files of ours, which know it.
+    """
+    content = {} if path.suffix == ".safetensors" else checkpoint.read(path)
+    if checkpoint.FORMAT_KEY in content:
+        return _restore(content, path, request)
+    if request is None:
+        raise UserError(f"{path} does not say which model it belongs to; name it with --model")
+    model = create_with_weights(request, path)
+    return Classifier(model.eval(), request.name, preprocessing(model, img_size=request.img_size))
+
+
+def _restore(content: dict[str, Any], path: Path, request: ModelRequest | None) -> Classifier:
+    name = content["arch"]
+    if request is not None and _architecture(request.name) != _architecture(name):
+        raise UserError(f"{path} holds weights of '{name}', not of '{request.name}'")
+    model = create(ModelRequest(name, kwargs=content["model_args"]))
+    # The rule of timm: the averaged weights, where a file has them.
+    checkpoint.load_weights(model, content.get("state_dict_ema") or content["state_dict"], str(path))
+    values = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in content["preprocessing"].items()
+    }
+    return Classifier(model.eval(), name, values, content["class_names"], content["dataset"])
+
+
+def _architecture(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def preprocessing(model: nn.Module, **overrides: Any) -> dict[str, Any]:
+    """timm's data configuration of a model; overrides that are None do not count."""
+    return resolve_data_config({key: value for key, value in overrides.items() if value is not None}, model=model)
