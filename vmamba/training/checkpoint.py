@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from timm.models import load_state_dict as read_state_dict
 from torch import nn
 
 from vmamba.errors import UserError
+from vmamba.models._checkpoint import HARMLESS_TYPES
 
 FORMAT_KEY = "format"
 WEIGHTS_FORMAT = "vmamba-weights-1"  # best.pth: one set of weights, and what is needed to use them
@@ -65,22 +64,28 @@ def read(path: Path) -> dict[str, Any]:
     """Read the whole content of a checkpoint onto the CPU.
 
     Raises:
-        UserError: There is no such file, it is damaged, or it holds objects other than tensors and plain values.
+        UserError: There is no such file, it is damaged, or it holds objects that cannot be trusted to be mere data.
     """
-    content = _reading(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, expected a checkpoint file")
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} not found")
+    try:
+        with torch.serialization.safe_globals(HARMLESS_TYPES):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        foreign = _foreign_objects(path)
+        if foreign:
+            raise UserError(
+                f"{path} holds Python objects ({', '.join(foreign[:_SHOWN_MISMATCHES])}), which are never loaded "
+                "because they can run code; save its weights alone"
+            ) from error
+        raise UserError(
+            f"{path} is damaged, incomplete or no checkpoint at all ({path.stat().st_size:,} bytes)"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a checkpoint (a dictionary)")
     return content
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read the weights out of any checkpoint layout that timm knows, ``.safetensors`` included."""
-    weights = _reading(path, lambda: read_state_dict(str(path), weights_only=True))
-    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UserError(
-            f"{path} holds no weights: expected a dictionary of tensors, bare or under 'model' or 'state_dict'"
-        )
-    return weights
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], origin: str) -> None:
@@ -127,35 +132,13 @@ def _quoted_names(text: str, kind: str) -> list[str]:
     return re.findall(r'"([^"]+)"', listed[1]) if listed else []
 
 
-def _reading(path: Path, load: Any) -> Any:
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, expected a checkpoint file")
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} not found")
-    if path.stat().st_size == 0:
-        raise UserError(f"checkpoint {path} is empty")
-    try:
-        return load()
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        foreign = _foreign_objects(path)
-        if foreign:
-            raise UserError(
-                f"{path} holds Python objects ({', '.join(foreign[:_SHOWN_MISMATCHES])}), which are never loaded because "
-                "they can run code; save its weights alone"
-            ) from error
-        raise UserError(f"{path} is damaged, incomplete or no checkpoint at all: {_short(error)}") from error
-
-
 def _foreign_objects(path: Path) -> list[str]:
     """Classes that a readable checkpoint would have to import."""
     try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        with torch.serialization.safe_globals(HARMLESS_TYPES):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # the file is damaged, in one of the many ways a file can be
         return []
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def _sync_folder(folder: Path) -> None:

@@ -34,6 +34,8 @@ _optimise = partial(_option, "optimisation")
 _run = partial(_option, "run")
 
 
+# Each call makes a field of its own, so the linter's worry about shared defaults (RUF009) does not apply.
+# ruff: noqa: RUF009
 @dataclasses.dataclass
 class TrainConfig:
     """Everything that decides the outcome of a training run."""
@@ -66,8 +68,8 @@ class TrainConfig:
     interpolation: str | None = _data(None, "bicubic, bilinear, ...; null: the model's own")
     crop_pct: float | None = _data(None, "share of the resized image that the validation crop keeps; null: model's own")
 
-    scale: tuple[float, ...] = _augment((0.08, 1.0), "area of the random resized crop, as shares of the image")
-    ratio: tuple[float, ...] = _augment((3 / 4, 4 / 3), "aspect ratio of the random resized crop")
+    scale: tuple[float, float] = _augment((0.08, 1.0), "area of the random resized crop, as shares of the image")
+    ratio: tuple[float, float] = _augment((3 / 4, 4 / 3), "aspect ratio of the random resized crop")
     hflip: float = _augment(0.5, "probability of a horizontal flip")
     vflip: float = _augment(0.0, "probability of a vertical flip")
     color_jitter: float | None = _augment(

@@ -47,6 +47,10 @@ class DataSource:
         prefix, separator, _ = self.data.partition("/")
         return prefix.lower() if separator and prefix.lower() in READER_PREFIXES else ""
 
+    @property
+    def reader_arguments(self) -> dict[str, Any]:
+        return {"class_map": self.class_map, **self.reader_kwargs}
+
 
 def open_training(source: DataSource, config: TrainConfig, plan: BatchPlan) -> tuple[Any, Any]:
     """Open the training and the validation split, and see that they agree on the classes."""
@@ -75,12 +79,11 @@ def open_split(source: DataSource, split: str, is_training: bool = False, batch_
             source.data,
             root=source.data_dir,
             split=split,
-            class_map=source.class_map,
             is_training=is_training,
             download=source.download,
             batch_size=batch_size,
             seed=seed,
-            **source.reader_kwargs,
+            **source.reader_arguments,
         )
     except Exception as error:  # readers wrap libraries that raise what they like
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -108,7 +111,7 @@ def train_transform(config: TrainConfig, preprocessing: dict[str, Any]) -> Any:
         ratio=config.ratio,
         hflip=config.hflip,
         vflip=config.vflip,
-        color_jitter=config.color_jitter,
+        color_jitter=config.color_jitter,  # type: ignore[arg-type]  # None is timm's way to switch it off
         auto_augment=config.auto_augment,
         re_prob=config.reprob,
         re_mode=config.remode,
@@ -228,7 +231,7 @@ def _open_folder(source: DataSource, split: str) -> Any:
         hint = nearest(source.data, (DIGITS,)) or f" (a folder, '{DIGITS}', or {'/, '.join(READER_PREFIXES)}/NAME)"
         raise UserError(f"data '{source.data}' not found{hint}")
     try:
-        dataset = create_dataset("", root=str(root), split=split, class_map=source.class_map, **source.reader_kwargs)
+        dataset = create_dataset("", root=str(root), split=split, **source.reader_arguments)
     except (RuntimeError, AssertionError, ValueError, OSError) as error:
         raise UserError(f"cannot read {root}, split '{split}': {' '.join(str(error).split())}") from error
     if "" in dataset.reader.class_to_idx and root.is_dir():
@@ -248,6 +251,6 @@ def _check_folders(train: Any, val: Any, source: DataSource, config: TrainConfig
     if train_classes != val_classes:
         odd = sorted(set(train_classes) ^ set(val_classes))
         raise UserError(
-            f"training and validation split have different classes ({len(train_classes)} and {len(val_classes)}; only in "
-            f"one of them: {', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}); --class-map fixes their order"
+            f"the splits have different classes ({len(train_classes)} for training, {len(val_classes)} for validation; "
+            f"in one only: {', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}); --class-map fixes their order"
         )

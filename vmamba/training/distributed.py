@@ -58,8 +58,8 @@ def join(device: str = "auto") -> Iterator[Process]:
     The processes talk through NCCL on GPUs and gloo on CPUs.
 
     Args:
-        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``. In a group, each process takes the GPU
-            of its local rank.
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``. In a group, each process takes the
+            GPU of its local rank.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

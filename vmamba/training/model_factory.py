@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import timm
 import torch
 from timm.data import resolve_data_config
@@ -59,6 +60,11 @@ class Classifier:
     class_names: list[str] | None = None
     origin: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def num_classes(self) -> int:
+        model: Any = self.model
+        return model.num_classes
+
 
 def default_cfg(name: str) -> PretrainedCfg:
     """timm's pretrained_cfg of a model name.
@@ -83,6 +89,8 @@ def create(request: ModelRequest, pretrained: bool = False) -> nn.Module:
         raise UserError(f"no published weights are known for '{request.name}'; use --checkpoint FILE")
     try:
         return timm.create_model(request.name, pretrained=pretrained, **request.arguments())
+    except UserError:
+        raise
     except TypeError as error:
         raise UserError(f"model '{request.name}' cannot be built: {error}") from error
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
@@ -93,28 +101,23 @@ def create(request: ModelRequest, pretrained: bool = False) -> nn.Module:
 
 
 def create_with_weights(request: ModelRequest, path: Path) -> nn.Module:
-    """Build a model and load a file into it, in our own or in the published layout, strictly.
+    """Build a model and load a file into it, in the published layout or timm's, strictly.
 
     The file goes through timm's loading of pretrained weights, and so through the ``checkpoint_filter_fn`` of the
     model's family.
     """
-    cfg = default_cfg(request.name)
-    weights = checkpoint.read_weights(path)
     arguments = request.arguments()
     # timm loads strictly only if the classifier has as many outputs as its cfg says the weights have.
-    overlay = {
-        "state_dict": weights,
-        "custom_load": False,
-        "num_classes": arguments.setdefault("num_classes", cfg.num_classes),
-    }
+    num_classes = arguments.setdefault("num_classes", default_cfg(request.name).num_classes)
+    overlay = {"file": str(path), "custom_load": False, "num_classes": num_classes}
     try:
-        model = timm.create_model(request.name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+        return timm.create_model(request.name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    except UserError:
+        raise
     except RuntimeError as error:
         raise UserError(checkpoint.mismatch_message(error, str(path))) from error
-    except (KeyError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError, AttributeError, TypeError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} does not fit '{request.name}': {type(error).__name__}: {error}") from error
-    del model.pretrained_cfg["state_dict"]  # or the weights would live as long as the model, twice
-    return model
 
 
 def load_classifier(path: Path, request: ModelRequest | None = None) -> Classifier:
@@ -124,6 +127,8 @@ def load_classifier(path: Path, request: ModelRequest | None = None) -> Classifi
         path: ``best.pth`` or ``last.pth`` of a run, or published weights.
         request: The model; may be None for files of ours, which know it.
     """
+    if path.suffix == ".safetensors" and not path.is_file():
+        raise UserError(f"checkpoint {path} not found")
     content = {} if path.suffix == ".safetensors" else checkpoint.read(path)
     if checkpoint.FORMAT_KEY in content:
         return _restore(content, path, request)

@@ -72,6 +72,7 @@ class Trainer:
         plan = BatchPlan(config.batch_size, config.accumulate, process.world, process.rank)
         self.source = data.DataSource.of(config)
         train_set, val_set = data.open_training(self.source, config, plan)
+        self.image_counts = len(train_set), len(val_set)
         self.class_names = data.class_names(train_set)
         num_classes = _resolve_num_classes(config, self.class_names)
 
@@ -241,8 +242,8 @@ class Trainer:
         size = "x".join(str(side) for side in self.preprocessing["input_size"][1:])
         _logger.info(f"model  {config.model}, {parameters / 1e6:.2f} M parameters, input {size}")
         _logger.info(
-            f"data   {config.data}: {len(self.train_loader.dataset)} training and "
-            f"{len(self.val_loader.dataset)} validation images, {classes} classes"
+            f"data   {config.data}: {self.image_counts[0]} training and "
+            f"{self.image_counts[1]} validation images, {classes} classes"
         )
         device = f"{torch.get_num_threads()} CPU threads" if process.device.type == "cpu" else _gpu_name(process.device)
         processes = f"{process.world} processes, each with " if process.world > 1 else ""
@@ -276,7 +277,7 @@ def _build_model(config: TrainConfig, num_classes: int, fresh: bool) -> nn.Modul
     kwargs = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate, **config.model_kwargs}
     if fresh and config.initial_checkpoint is not None:
         request = ModelRequest(config.model, None, config.img_size, kwargs)
-        model = load_classifier(Path(config.initial_checkpoint), request).model
+        model: Any = load_classifier(Path(config.initial_checkpoint), request).model
         if model.num_classes != num_classes:
             model.reset_classifier(num_classes)
     else:
@@ -337,7 +338,7 @@ def _build_optimizer(
     config: TrainConfig, model: nn.Module, updates_per_epoch: int
 ) -> tuple[torch.optim.Optimizer, Any]:
     factor = config.batch_size / config.lr_batch_size if config.lr_batch_size else 1.0
-    extras = {"betas": config.opt_betas, "eps": config.opt_eps, "layer_decay": config.layer_decay}
+    extras: dict[str, Any] = {"betas": config.opt_betas, "eps": config.opt_eps, "layer_decay": config.layer_decay}
     try:
         optimizer = create_optimizer_v2(
             model,
