@@ -1,6 +1,7 @@
 """The parameters of a selective scan, and the scan of a map with them."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class SelectiveSSM(nn.Module):
         self.d_state = d_state
         self.directions = directions
         self.x_proj = nn.Linear(dim, directions * (rank + 2 * d_state), bias=False, device=device, dtype=dtype)
-        kept = {"device": device, "dtype": torch.float32}
+        kept: dict[str, Any] = {"device": device, "dtype": torch.float32}
         self.dt_weight = nn.Parameter(torch.empty(directions, dim, rank, **kept))
         self.dt_bias = nn.Parameter(torch.empty(directions, dim, **kept))
         self.A_log = nn.Parameter(torch.empty(directions, dim, d_state, **kept))

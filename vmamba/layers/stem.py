@@ -1,11 +1,11 @@
 """Stems: from an image to the first map of features."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from vmamba.layers.conv import Conv2dNHWC
-
-Factory = dict[str, torch.device | torch.dtype | str | None]
 
 
 def to_nhwc(image: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class ConvStem(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        dd: Factory = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
         self.reduction = strides[0] * strides[1]
         self.conv1 = Conv2dNHWC(in_chans, dim // 2, kernel_size=3, stride=strides[0], padding=1, **dd)

@@ -14,7 +14,7 @@ def build_model(
     model_cls: Callable[..., nn.Module],
     variant: str,
     pretrained: bool,
-    filter_fn: Callable[[StateDict, nn.Module], StateDict],
+    filter_fn: Callable[[Any, Any], StateDict],
     **kwargs: Any,
 ) -> Any:
     """timm's ``build_model_with_cfg`` for a family of this package.
@@ -62,7 +62,7 @@ def build_model(
         raise CheckpointError(f"{location} for {variant}: {why_unreadable(error, location)}") from error
 
 
-def _adapted_by_timm(model: nn.Module, features_only: bool) -> frozenset[str]:
+def _adapted_by_timm(model: Any, features_only: bool) -> frozenset[str]:
     """The parameters that timm itself drops or converts where the request differs from the checkpoint."""
     cfg: Any = model.pretrained_cfg
     adapted: list[str] = []

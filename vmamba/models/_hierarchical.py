@@ -59,7 +59,7 @@ class HierarchicalBackbone(nn.Module):
 
     def __init__(
         self,
-        stem: nn.Module,
+        stem: Any,
         stages: Sequence[Stage],
         *,
         in_chans: int = 3,
@@ -145,7 +145,7 @@ class HierarchicalBackbone(nn.Module):
         # The final norm is as wide as the last stage, so it is applied behind that one only. A pruned model ends early.
         reached = len(self.stages) if not stop_early else last + 1
         ends = reached == len(self.stages)
-        for i, stage in enumerate(self.stages[:reached]):
+        for i, stage in zip(range(reached), self.stages, strict=False):
             x = stage(x)
             if i in taken:
                 feature = self.norm(x) if norm and i == len(self.stages) - 1 else x
@@ -164,7 +164,7 @@ class HierarchicalBackbone(nn.Module):
         shortened = last < len(self.stages) - 1
         if prune_norm or shortened:
             self.norm = nn.Identity()  # it is as wide as the last stage
-        self.stages = self.stages[: last + 1]
+        self.stages = nn.Sequential(*list(self.stages)[: last + 1])
         if shortened:
             self.num_features = self.feature_info[last]["num_chs"]
         if prune_head or shortened:
@@ -217,5 +217,6 @@ class HierarchicalBackbone(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades memory for time: blocks keep their input only and run again in the backward pass."""
-        for stage in self.stages:
+        for stage in self.stages.children():
+            assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable

@@ -110,7 +110,7 @@ class VMambaBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, **dd)
         self.mixer = mixer
-        self.norm2 = nn.LayerNorm(dim, **dd) if mlp_ratio else None
+        self.norm2 = nn.LayerNorm(dim, **dd) if mlp_ratio else nn.Identity()
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd) if mlp_ratio else None
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -155,7 +155,7 @@ class VMamba(HierarchicalBackbone):
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         dims = [embed_dim * 2**i for i in range(len(depths))]
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
         def block(dim: int, rate: float) -> VMambaBlock:
             return VMambaBlock(dim, mixer_layer(dim, d_state, ssm_ratio, **dd), mlp_ratio, rate, **dd)
@@ -205,7 +205,7 @@ _LAYERS = {
 }
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
     """Turns a published checkpoint of any generation into this package's names and shapes; own ones pass unchanged.
 
     Args:
@@ -436,8 +436,9 @@ def vmamba_base(pretrained: bool = False, **kwargs: Any) -> VMamba:
 
 @register_model
 def vmamba_nano_32(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """For images of 32x32, such as CIFAR: three stages behind a stem of stride 2, not published elsewhere."""
-    model_args = {"depths": (1, 2, 1), "embed_dim": 48, "stem_layer": partial(ConvStem, strides=(2, 1))}
+    """For 32x32 images such as CIFAR's and for one CPU core: three stages behind a stem of stride 2. Not published."""
+    small_stem = partial(ConvStem, strides=(2, 1))
+    model_args = {"depths": (1, 2, 1), "embed_dim": 32, "mlp_ratio": 2.0, "stem_layer": small_stem}
     return _create_vmamba("vmamba_nano_32", pretrained, **{**model_args, **kwargs})
 
 
