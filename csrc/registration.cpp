@@ -249,6 +249,10 @@ STABLE_TORCH_LIBRARY_IMPL(vmamba, CPU, m) {
     m.impl("selective_scan_backward", TORCH_BOX(&vmamba::backward<vmamba::kCpu>));
 }
 
+STABLE_TORCH_LIBRARY_IMPL(vmamba, CompositeExplicitAutograd, m) {
+    m.impl("cpu_isa", TORCH_BOX(&vmamba::cpu::isa));
+}
+
 #ifdef VMAMBA_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(vmamba, CUDA, m) {
     m.impl("selective_scan", TORCH_BOX(&vmamba::forward<vmamba::kCuda>));

@@ -9,8 +9,10 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "blocks.h"
@@ -33,18 +35,25 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::stable::parallel_for;
 
-const BlockKernels& best_kernels() {
+// The widest instruction set this processor has; VMAMBA_CPU_ISA names a narrower one (for tests and comparisons).
+const BlockKernels& choose_kernels() {
 #if defined(__x86_64__) && defined(__GNUC__)
-    static const BlockKernels& best =
-        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-            ? avx512_kernels()
-        : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2_kernels()
-                                                                           : baseline_kernels();
-    return best;
-#else
-    return baseline_kernels();
+    const char* named = std::getenv("VMAMBA_CPU_ISA");
+    const std::string wanted = named ? named : "";
+    STD_TORCH_CHECK(wanted.empty() || wanted == "avx512" || wanted == "avx2" || wanted == "baseline",
+                    "VMAMBA_CPU_ISA must be avx512, avx2 or baseline, got ", wanted);
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (has_avx512 && (wanted.empty() || wanted == "avx512")) return avx512_kernels();
+    if (has_avx2 && wanted != "baseline") return avx2_kernels();
 #endif
+    return baseline_kernels();
+}
+
+const BlockKernels& best_kernels() {
+    static const BlockKernels& best = choose_kernels();
+    return best;
 }
 
 // Wide blocks save work per step; narrow ones give small problems enough tasks for every thread of a desktop machine.
@@ -174,6 +183,8 @@ int64_t result_size(const Scan& scan) {
 }
 
 }  // namespace
+
+std::string isa() { return best_kernels().name; }
 
 int64_t forward_workspace(const Scan&) { return 0; }
 int64_t backward_workspace(const Scan&) { return 0; }

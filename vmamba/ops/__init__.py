@@ -1,5 +1,6 @@
 """The operator every family stands on, and the routes it walks."""
 
+from vmamba.ops.drawing import draw_route
 from vmamba.ops.extension import BackendInfo, backend_info
 from vmamba.ops.reference import selective_scan_reference
 from vmamba.ops.routes import (
@@ -17,6 +18,7 @@ __all__ = [
     "BackendInfo",
     "backend_info",
     "check_route",
+    "draw_route",
     "get_route",
     "list_routes",
     "register_route",

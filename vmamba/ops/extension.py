@@ -47,6 +47,11 @@ def load() -> None:
         warnings.warn(f"vmamba runs on its slow PyTorch reference: {_error}", stacklevel=2)
 
 
+def runs_on_reference() -> bool:
+    """Whether the extension is missing, so that the reference serves CPU tensors (``load`` has warned of it)."""
+    return _error is not None
+
+
 def has_kernel(device_type: str) -> bool:
     """Whether the dispatcher holds a kernel of ours for this device type."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
@@ -76,9 +81,14 @@ def _device_info(device: str) -> BackendInfo:
     if has_kernel(device):
         if device == "cuda" and not torch.cuda.is_available():
             return BackendInfo(device, "none", "CUDA kernels are built, but torch sees no GPU")
-        path = library_path()
-        return BackendInfo(device, "kernel", path.name if path else "")
+        return BackendInfo(device, "kernel", _kernel_name(device))
     return BackendInfo(device, "none", _missing(device))
+
+
+def _kernel_name(device: str) -> str:
+    if device == "cpu":
+        return f"C++ kernel, {torch.ops.vmamba.cpu_isa()}, {torch.get_num_threads()} threads"
+    return f"CUDA kernel on {torch.cuda.get_device_name()}"
 
 
 def _missing(device: str) -> str:

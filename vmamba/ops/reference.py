@@ -75,7 +75,7 @@ def selective_scan_reference(
     if result == "steps":
         return y.to(out_dtype)
 
-    index = visits.clamp(min=0).reshape(batch, -1, 1).expand(-1, -1, channels)
+    index = visits.clamp(min=0).flatten(1).unsqueeze(-1).expand(-1, -1, channels)
     merged = y.new_zeros(batch, length, channels).scatter_add(1, index, y.flatten(1, 2))
     return merged.to(out_dtype)
 

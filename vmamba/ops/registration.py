@@ -3,7 +3,7 @@
 Three operators share one list of arguments. ``vmamba::selective_scan`` is differentiable; ``selective_scan_forward`` is
 the same kernel without the autograd wrapping, for calls that need no gradient (the wrapping costs more than a small
 scan); ``selective_scan_backward`` gives all gradients at once. The kernels come from the extension built from
-``csrc``; without it the reference stands in on the CPU, and says so.
+``csrc``.
 """
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vmamba.ops import extension
-from vmamba.ops.reference import selective_scan_reference
 
 CHECKPOINT_STEPS = 64
 """The forward keeps the state at every 64th step for the backward, which recomputes the states in between."""
@@ -115,6 +114,12 @@ def _backward(ctx, grad, _grad_checkpoints):
     return (*differentiable, *(None,) * 7)
 
 
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError(
+        "selective_scan is differentiable once; for second derivatives pass backend='reference', or drop create_graph"
+    )
+
+
 def _scan_flops(u_shape, dt_shape, A_shape, B_shape, *args, **kwargs) -> int:
     """9 * B*K*T*D*N for the recurrence, B*K*T*D for the skip, 2 * B*K*T*D*R where dt is low-rank."""
     dt_weight_shape, route_shape = args[2], args[4]
@@ -152,40 +157,10 @@ def _register() -> None:
     _LIBRARY.define(f"selective_scan_backward{_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake("vmamba::selective_scan_backward", _fake_backward, lib=_LIBRARY)
     register_flop_formula(torch.ops.vmamba.selective_scan_backward)(_scan_backward_flops)
+    _LIBRARY.define("cpu_isa() -> str")
     torch.library.register_autograd("vmamba::selective_scan", _backward, setup_context=_setup_context, lib=_LIBRARY)
+    torch.library.register_autograd("vmamba::selective_scan_backward", _no_second_derivative, lib=_LIBRARY)
     extension.load()
-    if not extension.has_kernel("cpu"):
-        _register_reference()
-
-
-def _register_reference() -> None:
-    """Lets the reference serve CPU tensors where the extension could not be loaded (``extension`` has warned)."""
-
-    def run(inputs, dt_softplus, result, out_dtype):
-        u, dt, A, B, C, D, dt_weight, dt_bias, route, param_route, reset = inputs
-        return selective_scan_reference(
-            u, dt, A, B, C, D,
-            dt_weight=dt_weight, dt_bias=dt_bias, route=route, param_route=param_route, reset=reset,
-            dt_softplus=dt_softplus, result=result, out_dtype=out_dtype,
-        )  # fmt: skip
-
-    def forward(*args):
-        *inputs, dt_softplus, result, out_dtype, _ = args
-        checkpoints = _fake_forward(*args)[1].zero_()
-        return run(inputs, dt_softplus, result, out_dtype), checkpoints
-
-    def backward(grad, checkpoints, *args):
-        *inputs, dt_softplus, result, _ = args
-        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs[:8]]
-        wanted = [x for x in leaves if x is not None]
-        with torch.enable_grad():
-            out = run([*leaves, *inputs[8:]], dt_softplus, result, grad.dtype)
-        found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True, materialize_grads=True))
-        return tuple(grad.new_empty(0) if x is None else next(found) for x in leaves)
-
-    for op in _FORWARD_OPS:
-        _LIBRARY.impl(op, forward, "CPU")
-    _LIBRARY.impl("selective_scan_backward", backward, "CPU")
 
 
 _LIBRARY = torch.library.Library("vmamba", "DEF")

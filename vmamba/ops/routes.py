@@ -1,8 +1,8 @@
 """Routes: the order in which a scan visits the positions of a grid.
 
-A route is an int32 tensor of shape (K, T): ``route[k, t]`` is the position ``row * width + column`` that direction ``k``
-visits at step ``t``. A position may be visited several times or never, T need not equal height * width, and the entry
-:data:`DECAY_ONLY` (-1) stands for a step that reads nothing and only lets the state decay.
+A route is an int32 tensor of shape (K, T): ``route[k, t]`` is the position ``row * width + column`` that direction
+``k`` visits at step ``t``. A position may be visited several times or never, T need not equal height * width, and the
+entry :data:`DECAY_ONLY` (-1) stands for a step that reads nothing and only lets the state decay.
 
 Routes are made by small functions of (height, width). Register one under a name and every model can use it::
 
@@ -69,9 +69,9 @@ def get_route(name: str, height: int, width: int, device: torch.device | str = "
 def _cached_route(name: str, height: int, width: int, device: torch.device) -> Tensor:
     # A cached tensor outlives the mode it was made in: one made under inference_mode could never be used in training.
     with torch.inference_mode(False), torch.device("cpu"):
-        route = _builder(name)(height, width).to(torch.int32)
+        route = _builder(name)(height, width)
         check_route(route, height * width)
-        return route.to(device)
+        return route.to(device=device, dtype=torch.int32).contiguous()
 
 
 def _builder(name: str) -> RouteBuilder:

@@ -6,7 +6,7 @@ import torch
 from timm.models import register_notrace_function
 from torch import Tensor
 
-from vmamba.ops import registration
+from vmamba.ops import extension, registration
 from vmamba.ops.reference import selective_scan_reference
 
 Result = Literal["merged", "steps", "states"]
@@ -63,7 +63,7 @@ def selective_scan(
             visits. ``"steps"``: every step's output in scan order, (batch, K, T, D). ``"states"``: the states h in
             scan order, (batch, K, T, D, N).
         out_dtype: dtype of the result: float32 (default; float16 can overflow between scan and norm) or ``u``'s.
-        backend: ``"kernel"`` (C++ or CUDA, by device) or ``"reference"`` (PyTorch, slow, also float64).
+        backend: ``"kernel"`` (C++ or CUDA, by device; on a CPU the reference where the extension is not built) or ``"reference"`` (PyTorch, slow, also float64).
 
     Returns:
         The result asked for. Differentiable in every floating input; not twice. Deterministic.
@@ -78,7 +78,7 @@ def selective_scan(
     if route is None:
         route = _raster_for(u, dt, A, B)
     _check_shapes(u, dt, A, B, C, D, dt_weight, dt_bias, route, param_route, reset, result)
-    if backend == "reference":
+    if backend == "reference" or (u.device.type == "cpu" and extension.runs_on_reference()):
         return selective_scan_reference(
             u, dt, A, B, C, D,
             dt_weight=dt_weight, dt_bias=dt_bias, route=route, param_route=param_route, reset=reset,
@@ -147,5 +147,3 @@ def _check_shapes(
     check("reset", reset, *route.shape)
     if C is None and result != "states":
         raise ValueError(f"result='{result}' needs C; only result='states' does without it")
-
-
