@@ -46,8 +46,7 @@ def call(
     """Runs the kernel for ``u``'s device: through autograd only where a gradient may be asked for."""
     extension.require_kernel(u.device)
     _check_dtypes(u, dt, B, C)
-    A, D, dt_weight, dt_bias = _float32(A), _float32(D), _float32(dt_weight), _float32(dt_bias)
-    inputs = (u, dt, A, B, C, D, dt_weight, dt_bias)
+    inputs = (u, dt, _float32(A), B, C, _float32(D), _float32(dt_weight), _float32(dt_bias))
     tables = (route, param_route, reset)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return torch.ops.vmamba.selective_scan(*inputs, *tables, dt_softplus, result, out_dtype, CHECKPOINT_STEPS)[0]

@@ -63,7 +63,8 @@ def selective_scan(
             visits. ``"steps"``: every step's output in scan order, (batch, K, T, D). ``"states"``: the states h in
             scan order, (batch, K, T, D, N).
         out_dtype: dtype of the result: float32 (default; float16 can overflow between scan and norm) or ``u``'s.
-        backend: ``"kernel"`` (C++ or CUDA, by device; on a CPU the reference where the extension is not built) or ``"reference"`` (PyTorch, slow, also float64).
+        backend: ``"kernel"`` (C++ or CUDA, by device; on a CPU the reference stands in where the extension is not
+            built, and has said so) or ``"reference"`` (PyTorch, slow, also float64).
 
     Returns:
         The result asked for. Differentiable in every floating input; not twice. Deterministic.
