@@ -1,0 +1,5 @@
+#include "backward.cuh"
+
+namespace vmamba::cuda {
+template void backward_pass<float>(const BackwardArgs&, Pass, cudaStream_t);
+}

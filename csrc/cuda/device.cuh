@@ -1,0 +1,318 @@
+// What all kernels share: 16-bit and float loads, softplus in log2 units, a small tensor-core product, and the staging of
+// a page of steps (routes, parameter rows) in shared memory.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../scan.h"
+#include "plan.h"
+
+namespace vmamba::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Numbers
+// ---------------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+    return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+    return __float2half_rn(x);
+}
+
+// A load or store whose element type is known at run time only; the branch is the same for a whole grid.
+__device__ __forceinline__ float load_as(const void* data, int64_t index, Scalar type) {
+    if (type == Scalar::f32) return static_cast<const float*>(data)[index];
+    if (type == Scalar::bf16) return to_float(static_cast<const __nv_bfloat16*>(data)[index]);
+    return to_float(static_cast<const __half*>(data)[index]);
+}
+
+__device__ __forceinline__ void store_as(void* data, int64_t index, float x, Scalar type) {
+    if (type == Scalar::f32) {
+        static_cast<float*>(data)[index] = x;
+    } else if (type == Scalar::bf16) {
+        static_cast<__nv_bfloat16*>(data)[index] = from_float<__nv_bfloat16>(x);
+    } else {
+        static_cast<__half*>(data)[index] = from_float<__half>(x);
+    }
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// log2(1 + e) for e in [0, 1] as e times a polynomial: relative error 2e-7 (Exact) or 9e-6, also where e is tiny.
+template <bool Exact>
+__device__ __forceinline__ float log2_1p(float e, float plus) {
+    float p;
+    if constexpr (Exact) {
+        p = 0.0075491657f;
+        p = fmaf(p, e, -0.042566996f);
+        p = fmaf(p, e, 0.11285609f);
+        p = fmaf(p, e, -0.19711888f);
+        p = fmaf(p, e, 0.27564138f);
+        p = fmaf(p, e, -0.35840845f);
+        p = fmaf(p, e, 0.48069295f);
+        p = fmaf(p, e, -0.7213402f);
+        p = fmaf(p, e, 1.442695f);
+    } else {
+        p = -0.03443584f;
+        p = fmaf(p, e, 0.14603272f);
+        p = fmaf(p, e, -0.30303606f);
+        p = fmaf(p, e, 0.469174f);
+        p = fmaf(p, e, -0.72042614f);
+        p = fmaf(p, e, 1.4426829f);
+    }
+    return fmaf(p, e, plus);
+}
+
+// softplus in log2 units: log2(1 + 2^x). Above 20 nats this is x to the last bit.
+template <bool Exact>
+__device__ __forceinline__ float softplus_log2(float x) {
+    return log2_1p<Exact>(exp2_fast(-fabsf(x)), fmaxf(x, 0.f));
+}
+
+// d softplus(x) / dx = 1 - exp(-softplus(x)), from the softplus in log2 units.
+__device__ __forceinline__ float softplus_slope(float log2_softplus) {
+    const float v = log2_softplus * kLn2;
+    const float series = v * fmaf(v, fmaf(v, fmaf(v, -1.f / 24.f, 1.f / 6.f), -0.5f), 1.f);
+    return v < 0.08f ? series : 1.f - exp2_fast(-log2_softplus);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tensor cores: 16x8 += 16x8 * 8x8 in tf32. Exact adds the two cross products of a split into high and low parts.
+// Lane g * 4 + q holds a = {(g, q), (g + 8, q), (g, q + 4), (g + 8, q + 4)}, b = {(q, g), (q + 4, g)} and
+// acc = {(g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1)}.
+// ---------------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+    uint32_t y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ void mma_tf32(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+template <bool Exact>
+__device__ __forceinline__ void mma(float (&acc)[4], const float (&a)[4], const float (&b)[2]) {
+    uint32_t a_high[4], b_high[2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a_high[i] = to_tf32(a[i]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) b_high[i] = to_tf32(b[i]);
+    if constexpr (Exact) {
+        uint32_t a_low[4], b_low[2];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a_low[i] = to_tf32(a[i] - __uint_as_float(a_high[i]));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) b_low[i] = to_tf32(b[i] - __uint_as_float(b_high[i]));
+        mma_tf32(acc, a_low, b_high);
+        mma_tf32(acc, a_high, b_low);
+    }
+    mma_tf32(acc, a_high, b_high);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A page in shared memory
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Row strides in floats, chosen so that the fragment loads above touch each bank once.
+__host__ __device__ constexpr int rank_columns(int rank) { return (rank + 7) / 8 * 8; }
+__host__ __device__ constexpr int rank_stride(int rank) { return rank_columns(rank) + 4; }
+__host__ __device__ constexpr int delta_stride(int tile) { return tile + 8; }
+
+// One block's place in the grid: channel tiles vary fastest, so that blocks that share rows run together.
+struct Place {
+    int tile;
+    int64_t chunk;
+    int slice;  // direction * groups + group
+    int64_t image;
+};
+
+__device__ __forceinline__ Place place_of_block(int tiles, int64_t chunks, int slices) {
+    int64_t i = blockIdx.x;
+    Place p;
+    p.tile = static_cast<int>(i % tiles);
+    i /= tiles;
+    p.slice = static_cast<int>(i % slices);
+    i /= slices;
+    p.chunk = i % chunks;
+    p.image = i / chunks;
+    return p;
+}
+
+// A table entry that is safe to read at: -1 stands for every entry outside the map.
+__device__ __forceinline__ int position(const int32_t* table, int64_t t, int64_t length) {
+    const int p = table[t];
+    return static_cast<uint32_t>(p) < static_cast<uint64_t>(length) ? p : -1;
+}
+
+template <typename T>
+struct RowReader {
+    const T* data;
+    int64_t stride;
+    __device__ RowReader(const Rows& rows, int64_t image, int direction)
+        : data(static_cast<const T*>(rows.data) + image * rows.image_stride + direction * rows.direction_stride),
+          stride(rows.position_stride) {}
+    __device__ __forceinline__ const T* at(int position) const { return data + position * stride; }
+};
+
+// The tables of one (image, direction).
+struct Walk {
+    const int32_t* route;
+    const int32_t* param_route;
+    const uint8_t* reset;
+    int64_t length;
+    __device__ Walk(const Scan& s, int64_t image, int direction)
+        : route(s.route.data + image * s.route.image_stride + direction * s.route.direction_stride),
+          param_route(s.param_route.data + image * s.param_route.image_stride +
+                      direction * s.param_route.direction_stride),
+          reset(s.reset.data ? s.reset.data + image * s.reset.image_stride + direction * s.reset.direction_stride
+                             : nullptr),
+          length(s.length) {}
+};
+
+// Shared-memory arrays of a page. low: (64, rank_stride) low-rank steps; gains: (64, 2 * Group) rows of B then C.
+struct PageStore {
+    int* at;      // position of u and of the result, -1 for none
+    int* row_at;  // position of dt, B and C
+    float* drop;  // added to the decay's exponent: -inf where the state is reset before the step, else 0
+    float* low;
+    float* gains;
+};
+
+// Fills a page by the whole block; zero where nothing is read and behind the last step.
+template <typename T, int Group>
+__device__ void stage_page(const PageStore& page, const Scan& s, const Walk& walk, int64_t image, int direction,
+                           int first_state, int64_t begin, int count) {
+    const int thread = threadIdx.x;
+    for (int t = thread; t < kPageSteps; t += blockDim.x) {
+        page.at[t] = t < count ? position(walk.route, begin + t, walk.length) : -1;
+        page.row_at[t] = t < count ? position(walk.param_route, begin + t, walk.length) : -1;
+        page.drop[t] = walk.reset && t < count && walk.reset[begin + t] ? -INFINITY : 0.f;
+    }
+    const int rank = static_cast<int>(s.rank), stride = rank_stride(rank), columns = rank_columns(rank);
+    const int states = min(Group, static_cast<int>(s.states) - first_state);
+    const RowReader<T> dt(s.dt, image, direction), b(s.B, image, direction);
+    constexpr int kLanes = 8;  // threads along a row
+    for (int t = thread / kLanes; t < kPageSteps; t += blockDim.x / kLanes) {
+        const int p = t < count ? position(walk.param_route, begin + t, walk.length) : -1;
+        const int lane = thread % kLanes;
+        if (rank) {
+            for (int f = lane; f < columns; f += kLanes)
+                page.low[t * stride + f] = p >= 0 && f < rank ? to_float(dt.at(p)[f]) : 0.f;
+        }
+        float* gains = page.gains + t * 2 * Group;
+        for (int n = lane; n < Group; n += kLanes)
+            gains[n] = p >= 0 && n < states ? to_float(b.at(p)[first_state + n]) : 0.f;
+        if (s.C.data) {
+            const RowReader<T> c(s.C, image, direction);
+            for (int n = lane; n < Group; n += kLanes)
+                gains[Group + n] = p >= 0 && n < states ? to_float(c.at(p)[first_state + n]) : 0.f;
+        } else {
+            for (int n = lane; n < Group; n += kLanes) gains[Group + n] = 0.f;
+        }
+    }
+}
+
+// Consecutive floats of shared memory, four at a time where their number allows (their start is then aligned).
+template <int Count>
+__device__ __forceinline__ void load_floats(float (&x)[Count], const float* from) {
+    if constexpr (Count % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < Count; i += 4) {
+            const float4 v = *reinterpret_cast<const float4*>(from + i);
+            x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < Count; ++i) x[i] = from[i];
+    }
+}
+
+// The weights that expand low-rank steps, (tile, rank_stride), zero outside; once per block.
+__device__ inline void stage_weights(float* weights, const Scan& s, int direction, int first_channel, int tile) {
+    const int rank = static_cast<int>(s.rank), stride = rank_stride(rank);
+    const float* source = s.dt_weight.data + direction * s.dt_weight.direction_stride;
+    for (int i = threadIdx.x; i < tile * stride; i += blockDim.x) {
+        const int c = i / stride, r = i % stride;
+        const bool there = r < rank && first_channel + c < s.channels;
+        weights[i] = there ? source[static_cast<int64_t>(first_channel + c) * rank + r] : 0.f;
+    }
+}
+
+// Raw steps (before bias and softplus) of a page for `Width` channels of one warp, into delta (64, delta_stride).
+// Low-rank: a tensor-core product of the staged rows with the staged weights. Full: read as they are.
+template <typename T, int Width>
+__device__ void expand_steps(float* delta, int stride, const PageStore& page, const float* weights, const Scan& s,
+                             int64_t image, int direction, int first_channel, int warp_channel, int count) {
+    const int lane = threadIdx.x % 32;
+    if (s.rank == 0) {
+        const RowReader<T> dt(s.dt, image, direction);
+        constexpr int kRows = 32 / Width;
+        const int c = warp_channel + lane % Width, channel = first_channel + c;
+#pragma unroll 4
+        for (int t = lane / Width; t < count; t += kRows) {
+            const int p = page.row_at[t];
+            delta[t * stride + c] = p >= 0 && channel < s.channels ? to_float(dt.at(p)[channel]) : 0.f;
+        }
+        return;
+    }
+    constexpr bool kExact = std::is_same_v<T, float>;
+    const int g = lane / 4, q = lane % 4, row_stride = rank_stride(static_cast<int>(s.rank));
+    const int columns = rank_columns(static_cast<int>(s.rank));
+    for (int t = 0; t < count; t += 16) {
+        float acc[Width / 8][4] = {};
+        for (int r = 0; r < columns; r += 8) {
+            const float* row = page.low + (t + g) * row_stride + r + q;
+            const float a[4] = {row[0], row[8 * row_stride], row[4], row[8 * row_stride + 4]};
+#pragma unroll
+            for (int n = 0; n < Width / 8; ++n) {
+                const float* weight = weights + (warp_channel + n * 8 + g) * row_stride + r + q;
+                const float b[2] = {weight[0], weight[4]};
+                mma<kExact>(acc[n], a, b);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < Width / 8; ++n) {
+            float* out = delta + (t + g) * stride + warp_channel + n * 8 + 2 * q;
+            *reinterpret_cast<float2*>(out) = make_float2(acc[n][0], acc[n][1]);
+            *reinterpret_cast<float2*>(out + 8 * stride) = make_float2(acc[n][2], acc[n][3]);
+        }
+    }
+}
+
+// Steps in log2 units from raw ones.
+template <bool Exact>
+__device__ __forceinline__ float step_log2(float raw, float bias_log2, bool softplus) {
+    const float x = fmaf(raw, kLog2e, bias_log2);
+    return softplus ? softplus_log2<Exact>(x) : x;
+}
+
+}  // namespace vmamba::cuda

@@ -1,0 +1,180 @@
+// The forward scan for every case: one thread walks one channel of one slice over one chunk, a page at a time.
+//
+// A page's rows (low-rank steps, B, C) are staged in shared memory by the block; steps are expanded from their low-rank
+// factor on tensor cores; u is read along the route, coalesced over channels, eight steps ahead. Results are written in
+// step order, one row per slice; a later gather sums directions and visits in a fixed order.
+#pragma once
+
+#include "device.cuh"
+#include "kernels.h"
+
+namespace vmamba::cuda {
+
+constexpr int kAhead = 8;  // steps whose inputs a thread reads ahead and unrolls
+
+struct ForwardShared {
+    int64_t low, gains, weights, delta, bytes;
+    __host__ __device__ ForwardShared(int rank, int group, int tile) {
+        low = 3 * kPageSteps;
+        gains = low + (rank ? kPageSteps * rank_stride(rank) : 0);
+        weights = gains + kPageSteps * 2 * group;
+        delta = weights + (rank ? tile * rank_stride(rank) : 0);
+        bytes = (delta + kPageSteps * delta_stride(tile)) * 4;
+    }
+};
+
+template <typename T>
+__device__ __forceinline__ void read_ahead(float (&u)[kAhead], const int* at, const T* source, int64_t stride,
+                                           bool active) {
+    int4 positions[kAhead / 4];
+#pragma unroll
+    for (int j = 0; j < kAhead / 4; ++j) positions[j] = reinterpret_cast<const int4*>(at)[j];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+        const int4 four = positions[j / 4];
+        const int p = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
+        u[j] = p >= 0 && active ? to_float(source[p * stride]) : 0.f;
+    }
+}
+
+// Pass::summary: the chunk's end state from zero, and its decay. Pass::output: from the carried state to the results.
+template <typename T, int Group, typename Out, Pass pass>
+__global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ ForwardArgs args) {
+    const Scan& s = args.scan;
+    const Cut& cut = args.cut;
+    const int slices = static_cast<int>(s.directions) * cut.groups;
+    const Place place = place_of_block(cut.tiles, cut.chunks, slices);
+    const int direction = place.slice / cut.groups, first_state = place.slice % cut.groups * Group;
+    const int first_channel = place.tile * cut.tile;
+    const int thread = threadIdx.x, warp_channel = thread / 32 * 32;
+    const int64_t channel = first_channel + thread;
+    const bool active = channel < s.channels;
+    const int64_t row = place.image * slices + place.slice;
+
+    extern __shared__ __align__(16) float shared[];
+    const ForwardShared layout(static_cast<int>(s.rank), Group, cut.tile);
+    const PageStore page{reinterpret_cast<int*>(shared), reinterpret_cast<int*>(shared) + kPageSteps,
+                         shared + 2 * kPageSteps, shared + layout.low, shared + layout.gains};
+    float* weights = shared + layout.weights;
+    float* delta = shared + layout.delta;
+    const int stride = delta_stride(cut.tile);
+    if (s.rank) stage_weights(weights, s, direction, first_channel, cut.tile);
+
+    constexpr bool kExact = std::is_same_v<T, float>;
+    const Walk walk(s, place.image, direction);
+    const RowReader<T> u_rows(s.u, place.image, direction);
+    const T* u_column = u_rows.data + channel;
+    float A[Group], h[Group];
+    const int64_t states_here = min(static_cast<int64_t>(Group), s.states - first_state);
+    const int64_t carry_at = ((row * cut.chunks + place.chunk) * s.channels + channel) * Group;
+#pragma unroll
+    for (int n = 0; n < Group; ++n) {
+        const bool there = active && n < states_here;
+        A[n] = there ? s.A.data[direction * s.A.direction_stride + channel * s.states + first_state + n] : 0.f;
+        h[n] = pass == Pass::output && args.carry && active ? args.carry[carry_at + n] : 0.f;
+    }
+    const float bias =
+        s.dt_bias.data && active ? s.dt_bias.data[direction * s.dt_bias.direction_stride + channel] * kLog2e : 0.f;
+    const float skip = s.D.data && active && first_state == 0 && s.result != Result::states
+                           ? s.D.data[direction * s.D.direction_stride + channel]
+                           : 0.f;
+    float elapsed = 0.f, dropped = 0.f;
+
+    Out* out = static_cast<Out*>(args.out) + row * s.steps * s.channels + channel;
+    const int64_t begin = place.chunk * cut.chunk_steps;
+    const int64_t end = min(begin + cut.chunk_steps, s.steps);
+    for (int64_t at = begin; at < end; at += kPageSteps) {
+        const int count = static_cast<int>(min(static_cast<int64_t>(kPageSteps), end - at));
+        __syncthreads();
+        stage_page<T, Group>(page, s, walk, place.image, direction, first_state, at, count);
+        __syncthreads();
+        float u[kAhead];
+        read_ahead(u, page.at, u_column, u_rows.stride, active);
+        expand_steps<T, 32>(delta, stride, page, weights, s, place.image, direction, first_channel, warp_channel,
+                            count);
+        __syncwarp();
+        if (pass == Pass::output && args.checkpoints && active) {
+            float* kept = args.checkpoints +
+                          (((place.image * s.directions + direction) * args.pages + at / kPageSteps) * s.channels +
+                           channel) * s.states + first_state;
+#pragma unroll
+            for (int n = 0; n < Group; ++n)
+                if (n < states_here) kept[n] = h[n];
+        }
+        for (int t = 0; t < count; t += kAhead) {
+            float next_u[kAhead];
+            if (t + kAhead < count) read_ahead(next_u, page.at + t + kAhead, u_column, u_rows.stride, active);
+#pragma unroll
+            for (int j = 0; j < kAhead; ++j) {
+                const float raw = delta[(t + j) * stride + thread];
+                // Behind the last step: no time passes, so nothing changes.
+                const float step = t + j < count ? step_log2<kExact>(raw, bias, s.dt_softplus) : 0.f;
+                const float gain = step * kLn2 * u[j];
+                const float drop = walk.reset ? page.drop[t + j] : 0.f;
+                float B[Group], C[Group];
+                load_floats(B, page.gains + (t + j) * 2 * Group);
+                if constexpr (pass == Pass::output) load_floats(C, page.gains + (t + j) * 2 * Group + Group);
+                float y = skip * u[j];
+                if constexpr (pass == Pass::summary) {
+                    elapsed += step;
+                    dropped += drop;
+                }
+#pragma unroll
+                for (int n = 0; n < Group; ++n) {
+                    const float decay = exp2_fast(fmaf(step, A[n], drop));
+                    h[n] = fmaf(decay, h[n], gain * B[n]);
+                    if constexpr (pass == Pass::output) y = fmaf(C[n], h[n], y);
+                }
+                if constexpr (pass == Pass::output) {
+                    if (t + j < count && active) {
+                        if (s.result == Result::states) {
+                            const int64_t to = (((place.image * s.directions + direction) * s.steps + at + t + j) *
+                                                    s.channels + channel) * s.states + first_state;
+                            Out* states = static_cast<Out*>(args.out) + to;
+#pragma unroll
+                            for (int n = 0; n < Group; ++n)
+                                if (n < states_here) states[n] = from_float<Out>(h[n]);
+                        } else {
+                            out[(at + t + j) * s.channels] = from_float<Out>(page.at[t + j] >= 0 ? y : 0.f);
+                        }
+                    }
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < kAhead; ++j) u[j] = next_u[j];
+        }
+    }
+    if (pass == Pass::summary && active) {
+#pragma unroll
+        for (int n = 0; n < Group; ++n) {
+            args.carry_out[carry_at + n] = h[n];
+            args.decay[carry_at + n] = exp2_fast(fmaf(elapsed, A[n], dropped));
+        }
+    }
+}
+
+template <typename T, int Group, typename Out, Pass pass>
+void launch_forward_kernel(const ForwardArgs& args, cudaStream_t stream) {
+    const Cut& cut = args.cut;
+    const int64_t blocks = args.scan.batch * args.scan.directions * cut.groups * cut.tiles * cut.chunks;
+    const int64_t bytes = ForwardShared(static_cast<int>(args.scan.rank), Group, cut.tile).bytes;
+    launch(forward_kernel<T, Group, Out, pass>, blocks, cut.tile, bytes, stream, args);
+}
+
+// One compilation unit per input dtype instantiates this.
+template <typename T>
+void forward_pass(const ForwardArgs& args, Pass pass, bool float_out, cudaStream_t stream) {
+    const bool narrow = args.cut.group == 1;
+    if (pass == Pass::summary) {
+        if (narrow) return launch_forward_kernel<T, 1, float, Pass::summary>(args, stream);
+        return launch_forward_kernel<T, kWideGroup, float, Pass::summary>(args, stream);
+    }
+    if (float_out || std::is_same_v<T, float>) {
+        if (narrow) return launch_forward_kernel<T, 1, float, Pass::output>(args, stream);
+        return launch_forward_kernel<T, kWideGroup, float, Pass::output>(args, stream);
+    }
+    if (narrow) return launch_forward_kernel<T, 1, T, Pass::output>(args, stream);
+    return launch_forward_kernel<T, kWideGroup, T, Pass::output>(args, stream);
+}
+
+}  // namespace vmamba::cuda

@@ -1,0 +1,336 @@
+// Everything that turns per-step, per-slice results into tensors: lists of which steps visit a position, sums along
+// those lists, the fold of chunk summaries, and the reduction of parameter gradients. Every sum runs in a fixed order.
+#include "device.cuh"
+#include "kernels.h"
+
+namespace vmamba::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+__device__ __forceinline__ int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+
+int64_t blocks_for(int64_t threads) { return ceil_div(threads, kThreads); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Lists of visits
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct ListArgs {
+    Table<int32_t> table;
+    Visits visits;
+    int64_t tables, directions, steps, length;
+};
+
+// Links each step in front of its position's list, in whatever order threads arrive.
+__global__ void link_visits(const ListArgs args) {
+    const int64_t i = global_thread();
+    if (i >= args.tables * args.steps) return;
+    const int64_t table = i / args.steps, t = i % args.steps;
+    const int32_t* route = args.table.data + table / args.directions * args.table.image_stride +
+                           table % args.directions * args.table.direction_stride;
+    const int p = position(route, t, args.length);
+    if (p >= 0)
+        args.visits.previous[i] = atomicExch(args.visits.last + table * args.length + p, static_cast<int32_t>(t));
+}
+
+// Orders each list from the last step to the first, so that sums do not depend on how threads arrived. Lists are short
+// (one visit in nearly every route), so this is an insertion sort.
+__global__ void order_visits(const ListArgs args) {
+    const int64_t i = global_thread();
+    if (i >= args.tables * args.length) return;
+    int32_t* previous = args.visits.previous + i / args.length * args.steps;
+    int32_t node = args.visits.last[i];
+    if (node < 0 || previous[node] < 0) return;
+    int32_t first = -1;
+    while (node >= 0) {
+        const int32_t next = previous[node];
+        if (first < node) {
+            previous[node] = first;
+            first = node;
+        } else {
+            int32_t after = first;
+            while (previous[after] > node) after = previous[after];
+            previous[node] = previous[after];
+            previous[after] = node;
+        }
+        node = next;
+    }
+    args.visits.last[i] = first;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sums along the lists
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <typename T, int Width>
+struct alignas(sizeof(T) * Width) Pack {
+    T value[Width];
+};
+
+// One thread: `Width` features of one position of one output.
+template <typename Source, typename Target, int Width>
+__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherArgs args) {
+    const uint32_t packs = static_cast<uint32_t>(args.features / Width);
+    const int64_t i = global_thread();
+    const int64_t cell = i / packs;
+    const int feature = static_cast<int>(i - cell * packs) * Width;
+    const int64_t outer = cell / args.length, l = cell - outer * args.length;
+    const int64_t image = outer / args.outputs, output = outer - image * args.outputs;
+    if (image >= args.batch) return;
+    const int first = args.outputs == 1 ? 0 : static_cast<int>(output);
+    const int end = args.outputs == 1 ? args.directions : first + 1;
+    float total[Width] = {};
+    for (int k = first; k < end; ++k) {
+        const int64_t table = args.visits.per_image ? image * args.directions + k : k;
+        const int32_t* previous = args.visits.previous + table * args.steps;
+        for (int t = args.visits.last[table * args.length + l]; t >= 0; t = previous[t]) {
+            for (int g = 0; g < args.groups; ++g) {
+                const int64_t row = (image * args.directions + k) * args.groups + g;
+                const Source* source = static_cast<const Source*>(args.source) +
+                                       (row * args.steps + t) * args.features + feature;
+                const auto pack = *reinterpret_cast<const Pack<Source, Width>*>(source);
+#pragma unroll
+                for (int f = 0; f < Width; ++f) total[f] += to_float(pack.value[f]);
+            }
+        }
+    }
+    Pack<Target, Width> result;
+#pragma unroll
+    for (int f = 0; f < Width; ++f) result.value[f] = from_float<Target>(total[f]);
+    Target* target = static_cast<Target*>(args.target) + image * args.image_stride + output * args.output_stride +
+                     l * args.position_stride + feature;
+    *reinterpret_cast<Pack<Target, Width>*>(target) = result;
+}
+
+template <typename Source, typename Target>
+void gather_as(const GatherArgs& args, cudaStream_t stream) {
+    const int64_t cells = args.batch * args.outputs * args.length;
+    const bool wide = args.features % 4 == 0 && args.image_stride % 4 == 0 && args.output_stride % 4 == 0 &&
+                      args.position_stride % 4 == 0;
+    if (wide) {
+        launch(gather_kernel<Source, Target, 4>, blocks_for(cells * (args.features / 4)), kThreads, 0, stream, args);
+    } else {
+        launch(gather_kernel<Source, Target, 1>, blocks_for(cells * args.features), kThreads, 0, stream, args);
+    }
+}
+
+template <typename Source>
+void gather_from(const GatherArgs& args, cudaStream_t stream) {
+    switch (args.target_dtype) {
+        case Scalar::f32:
+            return gather_as<Source, float>(args, stream);
+        case Scalar::bf16:
+            return gather_as<Source, __nv_bfloat16>(args, stream);
+        default:
+            return gather_as<Source, __half>(args, stream);
+    }
+}
+
+__global__ void sum_groups_kernel(const float* source, int64_t rows, int groups, int64_t size, void* target,
+                                  Scalar target_dtype) {
+    const int64_t i = global_thread();
+    if (i >= rows * size) return;
+    const int64_t row = i / size, at = i % size;
+    float total = 0.f;
+    for (int g = 0; g < groups; ++g) total += source[(row * groups + g) * size + at];
+    store_as(target, i, total, target_dtype);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Gradients of parameter rows and of parameters
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct RowGatherArgs {
+    BackwardArgs backward;
+    Visits visits;
+    Gradients gradients;
+    int dt_outputs, b_outputs, c_outputs;  // K, or 1 where the directions share a tensor
+};
+
+// One thread: one feature of one position of one direction. Features: R of the low-rank steps, then N of B, then N of C.
+__global__ void __launch_bounds__(kThreads) gather_rows_kernel(const __grid_constant__ RowGatherArgs args) {
+    const Scan& s = args.backward.scan;
+    const Cut& cut = args.backward.cut;
+    const int rank = static_cast<int>(s.rank), states = static_cast<int>(s.states), kinds = rank + 2 * states;
+    const int64_t i = global_thread();
+    const int64_t cell = i / kinds;
+    int f = static_cast<int>(i - cell * kinds);
+    const int64_t outer = cell / s.directions;
+    const int k_out = static_cast<int>(cell - outer * s.directions);
+    const int64_t image = outer / s.length, l = outer - image * s.length;
+    if (image >= s.batch) return;
+
+    void* target;
+    int outputs, size, first_group = 0, end_group = cut.groups, source_feature = f;
+    if (f < rank) {
+        target = args.gradients.dt, outputs = args.dt_outputs, size = rank;
+    } else {
+        f -= rank;
+        const bool of_c = f >= states;
+        f -= of_c ? states : 0;
+        target = of_c ? args.gradients.C : args.gradients.B;
+        outputs = of_c ? args.c_outputs : args.b_outputs, size = states;
+        first_group = f / cut.group, end_group = first_group + 1;
+        source_feature = rank + (of_c ? cut.group : 0) + f % cut.group;
+    }
+    if (!target || k_out >= outputs) return;
+    const int row_features = rank + 2 * cut.group;
+    const int k_begin = outputs == 1 ? 0 : k_out, k_end = outputs == 1 ? static_cast<int>(s.directions) : k_out + 1;
+    float total = 0.f;
+    for (int k = k_begin; k < k_end; ++k) {
+        const int64_t table = args.visits.per_image ? image * s.directions + k : k;
+        const int32_t* previous = args.visits.previous + table * s.steps;
+        for (int t = args.visits.last[table * s.length + l]; t >= 0; t = previous[t]) {
+            for (int g = first_group; g < end_group; ++g) {
+                const int64_t slice = (image * s.directions + k) * cut.groups + g;
+                for (int tile = 0; tile < cut.tiles; ++tile)
+                    total += args.backward.rows[((slice * cut.tiles + tile) * s.steps + t) * row_features +
+                                                source_feature];
+            }
+        }
+    }
+    store_as(target, ((image * s.length + l) * outputs + k_out) * size + f, total, s.dtype);
+}
+
+// One block: 32 channels of one parameter row of one direction; its 8 rows of threads split the partial results.
+__global__ void __launch_bounds__(kThreads) reduce_params_kernel(const __grid_constant__ RowGatherArgs args) {
+    const Scan& s = args.backward.scan;
+    const Cut& cut = args.backward.cut;
+    const int rank = static_cast<int>(s.rank), states = static_cast<int>(s.states), kinds = states + 2 + rank;
+    const int64_t channel_blocks = (s.channels + 31) / 32;
+    int64_t i = blockIdx.x;
+    const int64_t channel = i % channel_blocks * 32 + threadIdx.x % 32;
+    i /= channel_blocks;
+    int f = static_cast<int>(i % kinds);
+    const int k_out = static_cast<int>(i / kinds);
+
+    float* target;
+    bool shared_by_directions;
+    int64_t direction_size, at;
+    int first_group = 0, end_group = cut.groups, source_row;
+    if (f < states) {
+        target = args.gradients.A, shared_by_directions = s.A.direction_stride == 0;
+        direction_size = s.channels * states, at = channel * states + f;
+        first_group = f / cut.group, end_group = first_group + 1, source_row = f % cut.group;
+    } else if (f == states) {
+        target = args.gradients.D, shared_by_directions = s.D.direction_stride == 0;
+        direction_size = s.channels, at = channel;
+        end_group = 1, source_row = cut.group;
+    } else if (f == states + 1) {
+        target = args.gradients.dt_bias, shared_by_directions = s.dt_bias.direction_stride == 0;
+        direction_size = s.channels, at = channel;
+        source_row = cut.group + 1;
+    } else {
+        const int r = f - states - 2;
+        target = args.gradients.dt_weight, shared_by_directions = s.dt_weight.direction_stride == 0;
+        direction_size = s.channels * rank, at = channel * rank + r;
+        source_row = cut.group + 2 + r;
+    }
+    if (!target || (shared_by_directions && k_out > 0)) return;
+    const int k_begin = shared_by_directions ? 0 : k_out;
+    const int k_end = shared_by_directions ? static_cast<int>(s.directions) : k_out + 1;
+    const int row_count = cut.group + 2 + rank;
+    const int64_t parts = s.batch * cut.chunks;
+    float total = 0.f;
+    if (channel < s.channels) {
+        for (int64_t part = threadIdx.x / 32; part < parts; part += kThreads / 32)
+            for (int k = k_begin; k < k_end; ++k)
+                for (int g = first_group; g < end_group; ++g)
+                    total += args.backward.params[((part * s.directions * cut.groups + k * cut.groups + g) * row_count +
+                                                   source_row) * s.channels + channel];
+    }
+    __shared__ float totals[kThreads];
+    totals[threadIdx.x] = total;
+    __syncthreads();
+    if (threadIdx.x >= 32 || channel >= s.channels) return;
+    for (int w = 1; w < kThreads / 32; ++w) total += totals[w * 32 + threadIdx.x];
+    target[k_out * direction_size + at] = total;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Fold of chunk summaries
+// ---------------------------------------------------------------------------------------------------------------------
+
+__global__ void fold_kernel(float* carry, const float* decay, int64_t rows, int64_t chunks, int64_t size,
+                            bool backwards) {
+    const int64_t i = global_thread();
+    if (i >= rows * size) return;
+    const int64_t base = i / size * chunks * size + i % size;
+    float state = 0.f;
+    constexpr int kAhead = 8;
+    for (int64_t c = 0; c < chunks; c += kAhead) {
+        float end[kAhead], factor[kAhead];
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+            if (c + j >= chunks) continue;
+            const int64_t at = base + (backwards ? chunks - 1 - c - j : c + j) * size;
+            end[j] = carry[at];
+            factor[j] = decay[at];
+        }
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+            if (c + j >= chunks) continue;
+            carry[base + (backwards ? chunks - 1 - c - j : c + j) * size] = state;
+            state = fmaf(factor[j], state, end[j]);
+        }
+    }
+}
+
+}  // namespace
+
+void check(cudaError_t status);
+
+void list_visits(const Scan& scan, const Table<int32_t>& table, const Visits& visits, cudaStream_t stream) {
+    ListArgs args{table, visits, (visits.per_image ? scan.batch : 1) * scan.directions, scan.directions, scan.steps,
+                  scan.length};
+    if (args.tables * args.length == 0) return;
+    check(cudaMemsetAsync(visits.last, 0xff, args.tables * args.length * sizeof(int32_t), stream));
+    launch(link_visits, blocks_for(args.tables * args.steps), kThreads, 0, stream, args);
+    launch(order_visits, blocks_for(args.tables * args.length), kThreads, 0, stream, args);
+}
+
+void gather(const GatherArgs& args, cudaStream_t stream) {
+    switch (args.source_dtype) {
+        case Scalar::f32:
+            return gather_from<float>(args, stream);
+        case Scalar::bf16:
+            return gather_from<__nv_bfloat16>(args, stream);
+        default:
+            return gather_from<__half>(args, stream);
+    }
+}
+
+void sum_groups(const float* source, int64_t rows, int groups, int64_t size, void* target, Scalar target_dtype,
+                cudaStream_t stream) {
+    launch(sum_groups_kernel, blocks_for(rows * size), kThreads, 0, stream, source, rows, groups, size, target,
+           target_dtype);
+}
+
+namespace {
+RowGatherArgs with_outputs(const BackwardArgs& args, const Visits& visits, const Gradients& gradients) {
+    const auto outputs = [&](const Rows& rows) {
+        return rows.direction_stride == 0 ? 1 : static_cast<int>(args.scan.directions);
+    };
+    return {args, visits, gradients, outputs(args.scan.dt), outputs(args.scan.B), outputs(args.scan.C)};
+}
+}  // namespace
+
+void gather_rows(const BackwardArgs& args, const Visits& visits, const Gradients& gradients, cudaStream_t stream) {
+    const Scan& s = args.scan;
+    const int64_t threads = s.batch * s.length * s.directions * (s.rank + 2 * s.states);
+    launch(gather_rows_kernel, blocks_for(threads), kThreads, 0, stream, with_outputs(args, visits, gradients));
+}
+
+void reduce_params(const BackwardArgs& args, const Gradients& gradients, cudaStream_t stream) {
+    const Scan& s = args.scan;
+    const int64_t blocks = s.directions * (s.states + 2 + s.rank) * ceil_div(s.channels, 32);
+    launch(reduce_params_kernel, blocks, kThreads, 0, stream, with_outputs(args, Visits{}, gradients));
+}
+
+void fold(float* carry, const float* decay, int64_t rows, int64_t chunks, int64_t size, bool backwards,
+          cudaStream_t stream) {
+    launch(fold_kernel, blocks_for(rows * size), kThreads, 0, stream, carry, decay, rows, chunks, size, backwards);
+}
+
+}  // namespace vmamba::cuda

@@ -1,0 +1,80 @@
+// How a scan is cut into thread blocks, and where its intermediate results lie in the workspace. Plain C++: decided from
+// sizes alone, never from values, so that the choice costs no synchronisation and can be captured.
+//
+// Vocabulary. A *slice* is one direction with one group of states (all of them up to 16; larger N gives several groups,
+// whose outputs add up). A *page* is 64 steps: what a block stages in shared memory at a time, and the checkpoint
+// interval. A *chunk* is a run of pages that one block walks; with several chunks a summary pass and a fold come first.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../scan.h"
+
+namespace vmamba::cuda {
+
+constexpr int kPageSteps = 64;
+constexpr int kWideGroup = 16;  // states in a group, where there is more than one state
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+struct Cut {
+    int group = 1;         // states in a group
+    int groups = 1;        // groups of states in a direction
+    int tile = 32;         // channels in a block
+    int tiles = 1;         // blocks over the channels
+    int64_t chunks = 1;    // blocks over the steps
+    int64_t chunk_steps = kPageSteps;
+    int64_t slices() const { return groups; }
+};
+
+// Splits D channels into equal tiles of a multiple of 32, none larger than `most`.
+inline int balanced_tile(int64_t channels, int most) {
+    const int64_t tiles = ceil_div(channels, most);
+    return static_cast<int>(round_up(ceil_div(channels, tiles), 32));
+}
+
+// Enough chunks to fill a large GPU with about `warps_wanted` warps, if the rows alone do not.
+inline Cut cut(const Scan& scan, int most_channels, int lanes_per_channel, int64_t warps_wanted) {
+    Cut c;
+    c.group = scan.states == 1 ? 1 : kWideGroup;
+    c.groups = static_cast<int>(ceil_div(std::max<int64_t>(scan.states, 1), c.group));
+    c.tile = balanced_tile(std::max<int64_t>(scan.channels, 1), most_channels);
+    c.tiles = static_cast<int>(ceil_div(scan.channels, c.tile));
+    const int64_t pages = std::max<int64_t>(1, ceil_div(scan.steps, kPageSteps));
+    const int64_t warps = std::max<int64_t>(
+        1, scan.batch * scan.directions * c.groups * c.tiles * (c.tile * lanes_per_channel / 32));
+    int64_t chunks = 1;
+    // A summary pass costs about as much as the scan itself: chunks must at least triple the parallelism to pay.
+    if (warps * 3 <= warps_wanted) chunks = std::min(pages, ceil_div(warps_wanted, warps));
+    c.chunk_steps = ceil_div(pages, chunks) * kPageSteps;
+    c.chunks = ceil_div(pages * kPageSteps, c.chunk_steps);
+    return c;
+}
+
+inline Cut forward_cut(const Scan& scan) { return cut(scan, 128, 1, 132 * 20); }
+inline Cut backward_cut(const Scan& scan) {
+    return scan.states == 1 ? cut(scan, 192, 1, 132 * 16) : cut(scan, 64, 4, 132 * 16);
+}
+
+// Hands out 256-byte aligned pieces of the workspace; with a null base it only measures.
+class Arena {
+  public:
+    explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+    template <typename T>
+    T* take(int64_t count) {
+        const int64_t at = used_;
+        used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 256);
+        return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+    }
+
+    int64_t used() const { return used_; }
+
+  private:
+    char* base_;
+    int64_t used_ = 0;
+};
+
+}  // namespace vmamba::cuda

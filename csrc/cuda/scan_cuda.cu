@@ -1,0 +1,220 @@
+// The host side: lays out the workspace and queues the passes of a forward or a backward.
+//
+//   forward:  (summary, fold, if the steps are cut in chunks)  output  (lists of visits, gather, if merged)
+//   backward: (summary, fold)  output  lists of visits, gathers for u, dt, B and C; reduction for the parameters
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <limits>
+
+#include "kernels.h"
+#include "scan_cuda.h"
+
+namespace vmamba::cuda {
+
+void check(cudaError_t status) { STD_CUDA_CHECK(status); }
+
+namespace {
+
+cudaStream_t current_stream(int device) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    return static_cast<cudaStream_t>(stream);
+}
+
+int64_t pages_of(const Scan& scan) { return ceil_div(scan.steps, kPageSteps); }
+int64_t rows_of(const Scan& scan, const Cut& cut) { return scan.batch * scan.directions * cut.groups; }
+int64_t carry_size(const Scan& scan, const Cut& cut) {
+    return cut.chunks > 1 ? rows_of(scan, cut) * cut.chunks * scan.channels * cut.group : 0;
+}
+
+Visits take_visits(Arena& arena, const Scan& scan, const Table<int32_t>& table) {
+    const bool per_image = table.image_stride != 0;
+    const int64_t tables = (per_image ? scan.batch : 1) * scan.directions;
+    return {arena.take<int32_t>(tables * scan.length), arena.take<int32_t>(tables * scan.steps), per_image};
+}
+
+int64_t size_of(Scalar type) { return type == Scalar::f32 ? 4 : 2; }
+
+// Rows of single directions are rounded to bfloat16 before they are added up in float32, if the inputs are bfloat16;
+// float16 could overflow there and keeps float32.
+Scalar partial_dtype(const Scan& scan, const Cut& cut) {
+    return scan.dtype == Scalar::bf16 && cut.groups == 1 ? Scalar::bf16 : Scalar::f32;
+}
+
+void check_supported(const Scan& scan) {
+    STD_TORCH_CHECK(scan.length < std::numeric_limits<int32_t>::max() && scan.steps < std::numeric_limits<int32_t>::max(),
+                    "selective_scan on CUDA takes maps and routes of less than 2^31 entries");
+    STD_TORCH_CHECK(scan.checkpoint_steps == 0 || scan.checkpoint_steps == kPageSteps,
+                    "selective_scan on CUDA keeps a checkpoint every ", kPageSteps, " steps, not every ",
+                    scan.checkpoint_steps);
+    STD_TORCH_CHECK(scan.rank <= 128, "selective_scan on CUDA takes a dt rank up to 128, got ", scan.rank);
+}
+
+struct ForwardMemory {
+    float *carry, *decay;
+    void* partial;  // results per slice and step, where they are not the result themselves
+    Visits visits;
+    int64_t bytes;
+    ForwardMemory(const Scan& scan, const Cut& cut, void* base) {
+        Arena arena(base);
+        carry = arena.take<float>(carry_size(scan, cut));
+        decay = arena.take<float>(carry_size(scan, cut));
+        const bool merged = scan.result == Result::merged;
+        const bool separate = merged || (scan.result == Result::steps && cut.groups > 1);
+        const int64_t results = separate ? rows_of(scan, cut) * scan.steps * scan.channels : 0;
+        partial = arena.take<char>(results * size_of(partial_dtype(scan, cut)));
+        if (merged) visits = take_visits(arena, scan, scan.route);
+        bytes = arena.used();
+    }
+};
+
+struct BackwardMemory {
+    float *carry, *decay, *rows, *params;
+    void *du, *ddt;
+    Visits visits, param_visits;
+    int64_t bytes;
+    BackwardMemory(const Scan& scan, const Cut& cut, void* base) {
+        Arena arena(base);
+        carry = arena.take<float>(carry_size(scan, cut));
+        decay = arena.take<float>(carry_size(scan, cut));
+        const int64_t cells = rows_of(scan, cut) * scan.steps;
+        rows = arena.take<float>(cells * cut.tiles * (scan.rank + 2 * cut.group));
+        params = arena.take<float>(rows_of(scan, cut) * cut.chunks * (cut.group + 2 + scan.rank) * scan.channels);
+        const int64_t bytes_each = cut.groups == 1 ? size_of(scan.dtype) : 4;
+        du = arena.take<char>(cells * scan.channels * bytes_each);
+        ddt = arena.take<char>(scan.rank ? 0 : cells * scan.channels * bytes_each);
+        visits = take_visits(arena, scan, scan.route);
+        param_visits = scan.param_route.data == scan.route.data ? visits : take_visits(arena, scan, scan.param_route);
+        bytes = arena.used();
+    }
+};
+
+void run_forward(const ForwardArgs& args, Pass pass, bool float_out, cudaStream_t stream) {
+    switch (args.scan.dtype) {
+        case Scalar::f32:
+            return forward_pass<float>(args, pass, float_out, stream);
+        case Scalar::bf16:
+            return forward_pass<__nv_bfloat16>(args, pass, float_out, stream);
+        default:
+            return forward_pass<__half>(args, pass, float_out, stream);
+    }
+}
+
+void run_backward(const BackwardArgs& args, Pass pass, cudaStream_t stream) {
+    switch (args.scan.dtype) {
+        case Scalar::f32:
+            return backward_pass<float>(args, pass, stream);
+        case Scalar::bf16:
+            return backward_pass<__nv_bfloat16>(args, pass, stream);
+        default:
+            return backward_pass<__half>(args, pass, stream);
+    }
+}
+
+// Gathers per-step rows (batch, slice, T, D) into a contiguous (batch, K or none, L, D) or (batch, L, K or 1, D).
+void gather_channels(const Scan& scan, const Cut& cut, const Visits& visits, const void* source, Scalar source_dtype,
+                     void* target, Scalar target_dtype, int outputs, bool outputs_before_positions,
+                     cudaStream_t stream) {
+    GatherArgs args;
+    args.visits = visits;
+    args.source = source;
+    args.source_dtype = source_dtype;
+    args.target = target;
+    args.target_dtype = target_dtype;
+    args.batch = scan.batch;
+    args.length = scan.length;
+    args.steps = scan.steps;
+    args.features = scan.channels;
+    args.directions = static_cast<int>(scan.directions);
+    args.groups = cut.groups;
+    args.outputs = outputs;
+    args.image_stride = outputs * scan.length * scan.channels;
+    args.output_stride = outputs_before_positions ? scan.length * scan.channels : scan.channels;
+    args.position_stride = outputs_before_positions ? scan.channels : outputs * scan.channels;
+    gather(args, stream);
+}
+
+}  // namespace
+
+int64_t forward_workspace(const Scan& scan) { return ForwardMemory(scan, forward_cut(scan), nullptr).bytes; }
+
+void forward(const Scan& scan, void* out, Scalar out_dtype, float* checkpoints, void* workspace, int device) {
+    check_supported(scan);
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    const cudaStream_t stream = current_stream(device);
+    const Cut cut = forward_cut(scan);
+    const ForwardMemory memory(scan, cut, workspace);
+    const bool merged = scan.result == Result::merged;
+    const Scalar partial = partial_dtype(scan, cut);
+    const bool separate = merged || (scan.result == Result::steps && cut.groups > 1);
+
+    ForwardArgs args;
+    args.scan = scan;
+    args.cut = cut;
+    args.pages = pages_of(scan);
+    args.out = separate ? memory.partial : out;
+    args.checkpoints = scan.checkpoint_steps ? checkpoints : nullptr;
+    if (cut.chunks > 1) {
+        args.carry_out = memory.carry;
+        args.decay = memory.decay;
+        run_forward(args, Pass::summary, true, stream);
+        fold(memory.carry, memory.decay, rows_of(scan, cut), cut.chunks, scan.channels * cut.group, false, stream);
+        args.carry = memory.carry;
+    }
+    run_forward(args, Pass::output, (separate ? partial : out_dtype) == Scalar::f32, stream);
+    if (merged) {
+        list_visits(scan, scan.route, memory.visits, stream);
+        gather_channels(scan, cut, memory.visits, memory.partial, partial, out, out_dtype, 1, true, stream);
+    } else if (separate) {
+        sum_groups(static_cast<const float*>(memory.partial), scan.batch * scan.directions, cut.groups,
+                   scan.steps * scan.channels, out, out_dtype, stream);
+    }
+}
+
+int64_t backward_workspace(const Scan& scan) { return BackwardMemory(scan, backward_cut(scan), nullptr).bytes; }
+
+void backward(const Scan& scan, const void* grad, Scalar grad_dtype, const float* checkpoints,
+              const Gradients& gradients, void* workspace, int device) {
+    check_supported(scan);
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    const cudaStream_t stream = current_stream(device);
+    const Cut cut = backward_cut(scan);
+    const BackwardMemory memory(scan, cut, workspace);
+
+    BackwardArgs args;
+    args.scan = scan;
+    args.cut = cut;
+    args.pages = pages_of(scan);
+    args.grad = grad;
+    args.grad_dtype = grad_dtype;
+    args.checkpoints = checkpoints;
+    args.du = memory.du;
+    args.ddt = memory.ddt;
+    args.rows = memory.rows;
+    args.params = memory.params;
+    if (cut.chunks > 1) {
+        args.carry_out = memory.carry;
+        args.decay = memory.decay;
+        run_backward(args, Pass::summary, stream);
+        fold(memory.carry, memory.decay, rows_of(scan, cut), cut.chunks, scan.channels * cut.group, true, stream);
+        args.carry = memory.carry;
+    }
+    run_backward(args, Pass::output, stream);
+
+    list_visits(scan, scan.route, memory.visits, stream);
+    if (scan.param_route.data != scan.route.data) list_visits(scan, scan.param_route, memory.param_visits, stream);
+    const Scalar partial = cut.groups == 1 ? scan.dtype : Scalar::f32;
+    const int directions = static_cast<int>(scan.directions);
+    gather_channels(scan, cut, memory.visits, memory.du, partial, gradients.u, scan.dtype,
+                    scan.u.direction_stride == 0 ? 1 : directions, true, stream);
+    if (scan.rank == 0)
+        gather_channels(scan, cut, memory.param_visits, memory.ddt, partial, gradients.dt, scan.dtype,
+                        scan.dt.direction_stride == 0 ? 1 : directions, false, stream);
+    gather_rows(args, memory.param_visits, gradients, stream);
+    reduce_params(args, gradients, stream);
+}
+
+}  // namespace vmamba::cuda
