@@ -15,8 +15,8 @@ from timm.layers import SelectAdaptivePool2d, to_2tuple
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vmamba.layers import SelectiveSSM
-from vmamba.models.vmamba import GatedSS2D, VMamba
+from vmamba.layers import GatedSS2D, SelectiveSSM
+from vmamba.models.vmamba import VMamba
 
 InputSize = int | tuple[int, int] | tuple[int, int, int]
 

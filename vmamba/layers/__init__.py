@@ -4,13 +4,16 @@ from vmamba.layers.conv import Conv2dNHWC
 from vmamba.layers.downsample import ConvDownsample, PatchMerging
 from vmamba.layers.init import init_weights
 from vmamba.layers.norm import ScanNorm
+from vmamba.layers.ss2d import SS2D, GatedSS2D
 from vmamba.layers.ssm import SelectiveSSM, dt_rank
 from vmamba.layers.stem import ConvStem, PatchStem
 
 __all__ = [
+    "SS2D",
     "Conv2dNHWC",
     "ConvDownsample",
     "ConvStem",
+    "GatedSS2D",
     "PatchMerging",
     "PatchStem",
     "ScanNorm",

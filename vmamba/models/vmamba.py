@@ -5,7 +5,6 @@ MLP; the second has one state, no gate and an MLP. Both scan the map along four 
 reversed. The published weights are under the MIT licence (github.com/MzeroMiko/VMamba).
 """
 
-import re
 from functools import partial
 from typing import Any
 
@@ -15,76 +14,13 @@ from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vmamba.layers import (
-    Conv2dNHWC,
-    ConvDownsample,
-    ConvStem,
-    PatchMerging,
-    PatchStem,
-    ScanNorm,
-    SelectiveSSM,
-    dt_rank,
-)
+from vmamba.layers import SS2D, ConvDownsample, ConvStem, GatedSS2D, PatchMerging, PatchStem
+from vmamba.models import _vmamba_layout
 from vmamba.models._builder import build_model
 from vmamba.models._checkpoint import unwrap
 from vmamba.models._hierarchical import HierarchicalBackbone, Stage
-from vmamba.ops import get_route
 
 __all__ = ["VMamba"]  # timm adds the entry points
-
-
-class SS2D(nn.Module):
-    """The second generation's mixer: projection, depthwise convolution, SiLU, scan in four directions, projection.
-
-    Maps (batch, height, width, dim) to the same shape.
-
-    Args:
-        dim: Channels of the map.
-        d_state: States per channel of the scan.
-        ssm_ratio: Channels of the scan per channel of the map.
-    """
-
-    streams = 1
-    conv_bias = False
-
-    def __init__(
-        self,
-        dim: int,
-        d_state: int = 1,
-        ssm_ratio: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__()
-        inner = int(dim * ssm_ratio)
-        self.in_proj = nn.Linear(dim, self.streams * inner, bias=False, **dd)
-        self.conv = Conv2dNHWC(inner, inner, kernel_size=3, padding=1, groups=inner, bias=self.conv_bias, **dd)
-        self.act = nn.SiLU()
-        self.ssm = SelectiveSSM(inner, dt_rank(dim), d_state, directions=4, **dd)
-        self.out_norm = ScanNorm(inner, **dd)
-        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
-
-    def scan(self, x: Tensor) -> Tensor:
-        """Convolution, scan and norm: (batch, height, width, inner) to the same shape."""
-        u = self.act(self.conv(x))
-        height, width = u.shape[1], u.shape[2]
-        y = self.ssm(u.flatten(1, 2), get_route("cross", height, width, u.device))
-        return self.out_norm(y.unflatten(1, (height, width)), u.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(self.scan(self.in_proj(x)))
-
-
-class GatedSS2D(SS2D):
-    """The first generation's mixer: :class:`SS2D` with a bias in the convolution and a gate on the scan's result."""
-
-    streams = 2  # what is scanned, and its gate
-    conv_bias = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(self.scan(x) * self.act(z))
 
 
 class VMambaBlock(nn.Module):
@@ -176,26 +112,6 @@ class VMamba(HierarchicalBackbone):
 # Published checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-_JANUARY_2024_NAMES = {
-    r"^patch_embed\.proj\.": "patch_embed.0.",
-    r"^patch_embed\.norm\.": "patch_embed.2.",
-    r"\.ln_1\.": ".norm.",
-    r"\.self_attention\.": ".op.",
-    r"^norm\.": "classifier.norm.",
-    r"^head\.": "classifier.head.",
-}
-_NAMES = {
-    r"^layers\.(\d+)\.blocks\.": r"stages.\1.blocks.",
-    r"(\.blocks\.\d+)\.norm\.": r"\1.norm1.",
-    r"\.op\.(in_proj|out_proj|out_norm)\.": r".mixer.\1.",
-    r"\.op\.conv2d\.": ".mixer.conv.",
-    r"\.op\.x_proj[_.]weight$": ".mixer.ssm.x_proj.weight",
-    r"\.op\.dt_projs[_.](weight|bias)$": r".mixer.ssm.dt_\1",
-    r"\.op\.A_logs$": ".mixer.ssm.A_log",
-    r"\.op\.Ds$": ".mixer.ssm.D",
-    r"^classifier\.norm\.": "norm.",
-    r"^classifier\.head\.": "head.fc.",
-}
 # Stems and downsamplings were published as nn.Sequential: the index of each layer, by what it is here.
 _LAYERS = {
     PatchStem: {"0": "conv", "2": "norm"},
@@ -213,42 +129,27 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Te
         model: The :class:`VMamba` they are for.
     """
     weights = unwrap(state_dict)
-    if not any(key.startswith(("patch_embed.", "layers.")) for key in weights):
+    if not _vmamba_layout.is_published(weights):
         return weights
     stem = _LAYERS[type(model.stem)]
     downsample = _LAYERS[type(model.stages[-1].downsample)]
-
-    def stem_name(match: re.Match) -> str:
-        return f"stem.{stem.get(match[1], match[1])}."
-
-    def downsample_name(match: re.Match) -> str:
-        # Published stages end with their downsampling, ours begin with it.
-        return f"stages.{int(match[1]) + 1}.downsample.{downsample.get(match[2], match[2])}."
-
-    def rename(key: str) -> str:
-        for pattern, name in _JANUARY_2024_NAMES.items():
-            key = re.sub(pattern, name, key)
-        key, found = re.subn(r"^layers\.(\d+)\.downsample\.(\w+)\.", downsample_name, key)
-        if found:
-            return key
-        for pattern, name in _NAMES.items():
-            key = re.sub(pattern, name, key)
-        return re.sub(r"^patch_embed\.(\w+)\.", stem_name, key)
-
-    renamed = {rename(key): value for key, value in weights.items()}
+    names = {
+        **_vmamba_layout.NAMES,
+        r"(\.blocks\.\d+)\.norm\.": r"\1.norm1.",
+        r"\.downsample\.(\w+)\.": lambda match: f".downsample.{downsample.get(match[1], match[1])}.",
+        r"^patch_embed\.(\w+)\.": lambda match: f"stem.{stem.get(match[1], match[1])}.",
+    }
+    renamed = {
+        _vmamba_layout.rename(key, _vmamba_layout.JANUARY_2024_NAMES, names): value for key, value in weights.items()
+    }
     return {key: _own_shape(key, value) for key, value in renamed.items()}
 
 
 def _own_shape(key: str, value: Tensor) -> Tensor:
-    """Published tensors of the scans differ in how they join direction and channel; projections may be 1x1 kernels."""
-    if key.endswith(".ssm.x_proj.weight") and value.dim() == 3:
-        return value.flatten(0, 1)
-    joined = {"A_log": 2, "D": 1, "dt_weight": 2, "dt_bias": 1}.get(key.rpartition(".ssm.")[2])
-    if value.dim() == joined and value.shape[0] % 4 == 0:
-        return value.unflatten(0, (4, -1))
+    """Beside the scans, whose shapes differ, projections may be published as 1x1 kernels."""
     if value.dim() == 4 and value.shape[2:] == (1, 1) and key.endswith(("proj.weight", "fc1.weight", "fc2.weight")):
         return value.flatten(1)
-    return value
+    return _vmamba_layout.scan_shape(key, value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

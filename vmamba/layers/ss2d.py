@@ -1,0 +1,68 @@
+"""VMamba's mixers: a map, scanned in two dimensions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmamba.layers.conv import Conv2dNHWC
+from vmamba.layers.norm import ScanNorm
+from vmamba.layers.ssm import SelectiveSSM, dt_rank
+from vmamba.ops import get_route
+
+
+class SS2D(nn.Module):
+    """VMamba's mixer: projection, depthwise convolution, SiLU, scan in four directions, projection.
+
+    Maps (batch, height, width, dim) to the same shape.
+
+    Args:
+        dim: Channels of the map.
+        d_state: States per channel of the scan.
+        ssm_ratio: Channels of the scan per channel of the map.
+        route: Name of a registered route of four directions.
+    """
+
+    streams = 1
+    conv_bias = False
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        route: str = "cross",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.route = route
+        inner = int(dim * ssm_ratio)
+        self.in_proj = nn.Linear(dim, self.streams * inner, bias=False, **dd)
+        self.conv = Conv2dNHWC(inner, inner, kernel_size=3, padding=1, groups=inner, bias=self.conv_bias, **dd)
+        self.act = nn.SiLU()
+        self.ssm = SelectiveSSM(inner, dt_rank(dim), d_state, directions=4, **dd)
+        self.out_norm = ScanNorm(inner, **dd)
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+
+    def scan(self, x: Tensor) -> Tensor:
+        """Convolution, scan and norm: (batch, height, width, inner) to the same shape."""
+        u = self.act(self.conv(x))
+        height, width = u.shape[1], u.shape[2]
+        y = self.ssm(u.flatten(1, 2), get_route(self.route, height, width, u.device))
+        return self.out_norm(y.unflatten(1, (height, width)), u.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(self.scan(self.in_proj(x)))
+
+
+class GatedSS2D(SS2D):
+    """The mixer of VMamba's first generation: :class:`SS2D` with a bias in the convolution, its result gated."""
+
+    streams = 2  # what is scanned, and its gate
+    conv_bias = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        return self.out_proj(self.scan(x) * self.act(z))

@@ -1,0 +1,57 @@
+"""How VMamba's code names and shapes the weights it saves; families built on that code publish them the same way."""
+
+import re
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+Names = Mapping[str, str | Callable[[re.Match], str]]
+"""Patterns and what replaces them, applied in order."""
+
+JANUARY_2024_NAMES: Names = {
+    r"^patch_embed\.proj\.": "patch_embed.0.",
+    r"^patch_embed\.norm\.": "patch_embed.2.",
+    r"\.ln_1\.": ".norm.",
+    r"\.self_attention\.": ".op.",
+    r"^norm\.": "classifier.norm.",
+    r"^head\.": "classifier.head.",
+}
+"""The first release's names, as the later ones have them."""
+
+NAMES: Names = {
+    # Published stages end with their downsampling, ours begin with it.
+    r"^layers\.(\d+)\.downsample\.": lambda match: f"stages.{int(match[1]) + 1}.downsample.",
+    r"^layers\.(\d+)\.blocks\.": r"stages.\1.blocks.",
+    r"\.op\.(in_proj|out_proj|out_norm)\.": r".mixer.\1.",
+    r"\.op\.conv2d\.": ".mixer.conv.",
+    r"\.op\.x_proj[_.]weight$": ".mixer.ssm.x_proj.weight",
+    r"\.op\.dt_projs[_.](weight|bias)$": r".mixer.ssm.dt_\1",
+    r"\.op\.A_logs$": ".mixer.ssm.A_log",
+    r"\.op\.Ds$": ".mixer.ssm.D",
+    r"^classifier\.norm\.": "norm.",
+    r"^classifier\.head\.": "head.fc.",
+}
+"""What a hierarchical model with :class:`vmamba.layers.SS2D` as mixer calls the same weights. A family adds its own."""
+
+
+def is_published(weights: Mapping[str, Tensor]) -> bool:
+    """Whether weights are under published names, not under ours."""
+    return any(key.startswith(("patch_embed.", "layers.")) for key in weights)
+
+
+def rename(key: str, *tables: Names) -> str:
+    """The key after the replacements of all tables."""
+    for table in tables:
+        for pattern, name in table.items():
+            key = re.sub(pattern, name, key)
+    return key
+
+
+def scan_shape(key: str, value: Tensor) -> Tensor:
+    """A scan's weight in our shape, by our name: published ones differ in how they join direction and channel."""
+    if key.endswith(".ssm.x_proj.weight") and value.dim() == 3:
+        return value.flatten(0, 1)
+    joined = {"A_log": 2, "D": 1, "dt_weight": 2, "dt_bias": 1}.get(key.rpartition(".ssm.")[2])
+    if value.dim() == joined and value.shape[0] % 4 == 0:
+        return value.unflatten(0, (4, -1))
+    return value
