@@ -1,0 +1,83 @@
+"""The shared layers, each against a plain formulation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vmamba.layers import Conv2dNHWC, ConvDownsample, ConvStem, PatchMerging, PatchStem, ScanNorm, SelectiveSSM, dt_rank
+from vmamba.ops import get_route, selective_scan_reference
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+def test_conv_nhwc(groups):
+    conv = Conv2dNHWC(6, 12, kernel_size=3, stride=2, padding=1, groups=groups)
+    x = torch.randn(2, 7, 9, 6)
+    expected = F.conv2d(x.permute(0, 3, 1, 2).contiguous(), conv.weight, conv.bias, 2, 1, 1, groups)
+    y = conv(x)
+    torch.testing.assert_close(y, expected.permute(0, 2, 3, 1))
+    assert y.is_contiguous()
+
+
+def test_scan_norm_survives_what_float16_cannot_hold():
+    norm = ScanNorm(8).half()
+    y = 1e6 * torch.randn(3, 8)
+    normed = norm(y, torch.float16)
+    assert normed.dtype == torch.float16
+    torch.testing.assert_close(normed.float(), F.layer_norm(y, (8,)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 6), (5, 9), (1, 1)])
+def test_patch_merging_concatenates_column_by_column(size):
+    merge = PatchMerging(3, 5)
+    x = torch.randn(2, *size, 3)
+    padded = F.pad(x, (0, 0, 0, size[1] % 2, 0, size[0] % 2))
+    phases = [padded[:, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    expected = F.linear(F.layer_norm(torch.cat(phases, -1), (12,)), merge.reduction.weight)
+    torch.testing.assert_close(merge(x), expected)
+
+
+@pytest.mark.parametrize(("size", "expected"), [((8, 8), (4, 4)), ((7, 5), (4, 3)), ((1, 1), (1, 1))])
+def test_conv_downsample_rounds_up(size, expected):
+    assert ConvDownsample(4, 6)(torch.randn(1, *size, 4)).shape == (1, *expected, 6)
+
+
+@pytest.mark.parametrize(
+    ("stem", "expected"),
+    [
+        (PatchStem(3, 8), (2, 8, 7, 8)),
+        (ConvStem(3, 8), (2, 9, 8, 8)),
+        (ConvStem(3, 8, strides=(2, 1)), (2, 17, 15, 8)),
+    ],
+)
+def test_stems(stem, expected):
+    y = stem(torch.randn(2, 3, 34, 30))
+    assert y.shape == expected
+    assert y.is_contiguous()
+    torch.testing.assert_close(y.mean(-1), torch.zeros(expected[:-1]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("dim", "rank"), [(96, 6), (100, 7), (16, 1), (8, 1)])
+def test_dt_rank(dim, rank):
+    assert dt_rank(dim) == rank
+
+
+def test_ssm_is_a_scan_per_direction():
+    torch.manual_seed(0)
+    ssm = SelectiveSSM(8, rank=2, d_state=3, directions=4)
+    torch.nn.init.normal_(ssm.A_log)
+    torch.nn.init.normal_(ssm.D)
+    u, route = torch.randn(2, 20, 8), get_route("cross", 5, 4)
+
+    expected = torch.zeros(2, 20, 8)
+    for k, weight in enumerate(ssm.x_proj.weight.split(2 + 2 * 3)):
+        dt, B, C = (x[:, :, None] for x in F.linear(u, weight).split([2, 3, 3], -1))
+        own = {"dt_weight": ssm.dt_weight[k : k + 1], "dt_bias": ssm.dt_bias[k : k + 1], "route": route[k : k + 1]}
+        expected += selective_scan_reference(u, dt, -ssm.A_log[k : k + 1].exp(), B, C, ssm.D[k : k + 1], **own)
+
+    torch.testing.assert_close(ssm(u, route), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ssm_on_meta_and_in_another_dtype():
+    ssm = SelectiveSSM(8, rank=2, directions=4, device="meta", dtype=torch.bfloat16)
+    assert ssm.x_proj.weight.dtype == torch.bfloat16
+    assert {p.dtype for name, p in ssm.named_parameters() if name != "x_proj.weight"} == {torch.float32}
