@@ -1,5 +1,6 @@
 """The model families; importing this package registers them with timm."""
 
+from vmamba.models.efficientvmamba import EfficientVMamba
 from vmamba.models.vmamba import VMamba
 
-__all__ = ["VMamba"]
+__all__ = ["EfficientVMamba", "VMamba"]

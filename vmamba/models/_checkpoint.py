@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import re
 import urllib.error
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
@@ -33,7 +33,7 @@ HARMLESS_TYPES: list[Callable | tuple[Callable, str]] = [
 ]
 """Types found beside the weights in published files; they hold data only. All else stays refused by torch.load."""
 
-WRAPPERS = ("state_dict_ema", "model_ema", "model", "state_dict")
+WRAPPERS = ("state_dict_ema", "model_ema", "ema_model", "model", "state_dict")
 """Where files keep their weights, best first: where averaged weights exist, the published accuracies are theirs."""
 
 
@@ -44,8 +44,8 @@ class CheckpointError(UserError, RuntimeError):
 def unwrap(checkpoint: Any) -> StateDict:
     """The weights inside a checkpoint: under the first of :data:`WRAPPERS` that it has, or the checkpoint itself.
 
-    Prefixes of wrapped modules (``module.``, ``_orig_mod.``) and of detectors (``backbone.``, with everything beside
-    the backbone) are taken off.
+    Prefixes of wrapped modules (``module.``, ``_orig_mod.``, several where wrappers were nested) and of detectors
+    (``backbone.``, with everything beside the backbone) are taken off.
 
     Raises:
         CheckpointError: if there are no weights.
@@ -58,7 +58,9 @@ def unwrap(checkpoint: Any) -> StateDict:
         raise CheckpointError(
             f"holds no weights: expected a state dict, bare or under {', '.join(map(repr, WRAPPERS))}, found {found}"
         )
-    state_dict = clean_state_dict({key: value for key, value in inner.items() if isinstance(value, Tensor)})
+    state_dict = {
+        re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in inner.items() if isinstance(value, Tensor)
+    }
     backbone = {
         key.removeprefix("backbone."): value for key, value in state_dict.items() if key.startswith("backbone.")
     }

@@ -1,0 +1,318 @@
+"""EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba (arXiv 2403.09977, AAAI 2025).
+
+The early stages scan every second row and column: four routes, one for each position of a 2x2 cell, which together
+visit the map once. A convolution runs beside the scan. The late stages are inverted residuals. The README of the
+published code and the pages of its weights say Apache-2.0; the licence file itself is missing
+(github.com/TerryPei/EfficientVMamba).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, calculate_drop_path_rates
+from timm.models import generate_default_cfgs, register_model
+from timm.models._efficientnet_blocks import InvertedResidual as TimmInvertedResidual
+from timm.models._efficientnet_blocks import SqueezeExcite
+from torch import Tensor, nn
+
+from vmamba.layers import GatedSS2D, PatchMerging, PatchStem
+from vmamba.models import _vmamba_layout
+from vmamba.models._builder import build_model
+from vmamba.models._checkpoint import unwrap
+from vmamba.models._hierarchical import HierarchicalBackbone, Stage
+from vmamba.ops import DECAY_ONLY, register_route
+
+__all__ = ["EfficientVMamba"]  # timm adds the entry points
+
+
+@register_route("atrous")
+def atrous(height: int, width: int) -> Tensor:
+    """Every second position, from each corner of the first 2x2 cell: (4, ceil(height / 2) * ceil(width / 2)).
+
+    Directions 0 and 2 take the even rows row by row, 1 and 3 the odd rows column by column; 0 and 1 the even columns,
+    2 and 3 the odd ones. All run forward. Where an odd side cuts a cell, the missing positions are steps that only
+    decay: published models pad the map with zeros there. (The offsets of the paper's closed formula do not make up
+    all four phases; these are the code's.)
+    """
+    rows, columns = (height + 1) // 2, (width + 1) // 2
+    positions = torch.arange(height * width, dtype=torch.int32).view(height, width)
+    cells = F.pad(positions, (0, 2 * columns - width, 0, 2 * rows - height), value=DECAY_ONLY)
+    cells = cells.view(rows, 2, columns, 2)
+    phases = [cells[:, 0, :, 0], cells[:, 1, :, 0].t(), cells[:, 0, :, 1], cells[:, 1, :, 1].t()]
+    return torch.stack([phase.reshape(-1) for phase in phases])
+
+
+class ChannelGate(nn.Module):
+    """Scales the channels of a map (batch, height, width, dim) by what it holds on average.
+
+    The average is that of the normalised map, what is scaled is the map itself.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.reduce = nn.Linear(dim, dim // 8, **dd)
+        self.act = nn.GELU()
+        self.expand = nn.Linear(dim // 8, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The norm is per position: it does not commute with the average.
+        average = self.norm(x).mean((1, 2), keepdim=True)
+        return x * self.expand(self.act(self.reduce(average))).sigmoid()
+
+
+class ConvBranch(nn.Module):
+    """Depthwise 3x3 convolution, batch norm, GELU, pointwise convolution, on (batch, height, width, dim)."""
+
+    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.conv_dw = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
+        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.act = nn.GELU()
+        self.conv_pw = nn.Conv2d(dim, dim, kernel_size=1, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_dw(x.permute(0, 3, 1, 2))
+        return self.conv_pw(self.act(self.norm(x))).permute(0, 2, 3, 1)
+
+
+class EVSSBlock(nn.Module):
+    """Residual block of the early stages: scan and convolution of the same normalised map, both gated, and added.
+
+    Maps (batch, height, width, dim) to the same shape.
+
+    Args:
+        dim: Channels of the map.
+        d_state: States per channel of the scan.
+        ssm_ratio: Channels of the scan per channel of the map.
+        drop_path: Probability of dropping the branches, per image.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.mixer = GatedSS2D(dim, d_state, ssm_ratio, route="atrous", **dd)
+        self.conv_branch = ConvBranch(dim, **dd)
+        self.gate = ChannelGate(dim, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = self.norm(x)
+        # One gate, two calls: each branch is scaled by its own average.
+        return x + self.drop_path(self.gate(self.mixer(shared)) + self.gate(self.conv_branch(shared)))
+
+
+class InvertedResidual(TimmInvertedResidual):
+    """Residual block of the late stages, MobileNet's with squeeze-and-excitation, on (batch, height, width, dim).
+
+    Args:
+        dim: Channels of the map.
+        drop_path: Probability of dropping the branch, per image.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        def squeeze_excite(channels: int, **kwargs: Any) -> SqueezeExcite:
+            return SqueezeExcite(channels, rd_ratio=0.125, **kwargs)
+
+        super().__init__(
+            dim, dim, exp_ratio=4.0, se_layer=squeeze_excite, drop_path_rate=drop_path, device=device, dtype=dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class EfficientVMamba(HierarchicalBackbone):
+    """EfficientVMamba with timm's interface; see :class:`HierarchicalBackbone` for the arguments not listed.
+
+    Args:
+        depths: Blocks per stage.
+        embed_dim: Channels of the first stage; each stage doubles them.
+        scan_stages: How many of the stages, the first ones, scan; the others are inverted residuals.
+        d_state: States per channel of the scans.
+        ssm_ratio: Channels of the scans per channel of the map.
+        drop_path_rate: Stochastic depth of the last block; rises linearly from 0 at the first.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        depths: tuple[int, ...] = (2, 2, 4, 2),
+        embed_dim: int = 48,
+        scan_stages: int = 2,
+        d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+
+        def block(stage: int, rate: float) -> nn.Module:
+            if stage < scan_stages:
+                return EVSSBlock(dims[stage], d_state, ssm_ratio, rate, **dd)
+            return InvertedResidual(dims[stage], rate, **dd)
+
+        stages = [
+            Stage(dim, [block(i, rate) for rate in rates[i]], PatchMerging(dims[i - 1], dim, **dd) if i else None)
+            for i, dim in enumerate(dims)
+        ]
+        stem = PatchStem(in_chans, embed_dim, **dd)
+        super().__init__(stem, stages, in_chans=in_chans, num_classes=num_classes, **kwargs, **dd)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+_NAMES: _vmamba_layout.Names = {
+    # Stages of inverted residuals were published as one sequence: a change of layout, the blocks, the change back, and
+    # the downsampling. So blocks count from 1.
+    r"^layers\.(\d+)\.\d+\.(reduction|norm)\.": lambda match: f"stages.{int(match[1]) + 1}.downsample.{match[2]}.",
+    r"^layers\.(\d+)\.(\d+)\.": lambda match: f"stages.{match[1]}.blocks.{int(match[2]) - 1}.",
+    r"\.conv_pw\.0\.": ".conv_pw.",
+    r"\.conv_pw\.1\.": ".bn1.",
+    r"\.conv_dw\.0\.": ".conv_dw.",
+    r"\.conv_dw\.1\.": ".bn2.",
+    r"\.conv_pw2\.0\.": ".conv_pwl.",
+    r"\.conv_pw2\.1\.": ".bn3.",
+    r"\.conv_branch\.0\.": ".conv_branch.conv_dw.",
+    r"\.conv_branch\.1\.": ".conv_branch.norm.",
+    r"\.conv_branch\.3\.": ".conv_branch.conv_pw.",
+    r"\.se\.norm\.": ".gate.norm.",
+    r"\.se\.global_reduce\.": ".gate.reduce.",
+    r"\.se\.channel_select\.": ".gate.expand.",
+    r"^patch_embed\.0\.": "stem.conv.",
+    r"^patch_embed\.2\.": "stem.norm.",
+}
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
+    """Turns a published checkpoint into this package's names and shapes; own ones pass unchanged.
+
+    Args:
+        state_dict: Weights under published or own names, bare or in their wrapper.
+        model: The :class:`EfficientVMamba` they are for.
+    """
+    weights = unwrap(state_dict)
+    if not _vmamba_layout.is_published(weights):
+        return weights
+    tables = _vmamba_layout.JANUARY_2024_NAMES, _vmamba_layout.NAMES, _NAMES
+    renamed = {_vmamba_layout.rename(key, *tables): value for key, value in weights.items()}
+    return {key: _vmamba_layout.scan_shape(key, value) for key, value in renamed.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pretrained configurations
+# ---------------------------------------------------------------------------------------------------------------------
+
+PUBLISHED_TOP1 = {"efficientvmamba_tiny": 76.5, "efficientvmamba_small": 78.7, "efficientvmamba_base": 81.8}
+"""ImageNet-1K top-1 accuracy in percent at 224x224, as the authors published it."""
+
+
+def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+def _published(size: str) -> dict[str, Any]:
+    hub = f"https://huggingface.co/TerryPei/EfficientVMamba-{size}"
+    return _cfg(
+        url=f"{hub}/resolve/main/efficient_vmamba_{size.lower()}.ckpt",
+        origin_url="https://github.com/TerryPei/EfficientVMamba",
+        paper_ids="arXiv:2403.09977",
+        paper_name="EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba",
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "efficientvmamba_tiny.in1k": _published("Tiny"),
+        "efficientvmamba_small.in1k": _published("Small"),
+        "efficientvmamba_base.in1k": _published("Base"),
+        "test_efficientvmamba.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
+    }
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Entry points
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _create_efficientvmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> EfficientVMamba:
+    return build_model(
+        EfficientVMamba,
+        variant,
+        pretrained,
+        checkpoint_filter_fn,
+        feature_cfg={"out_indices": tuple(range(len(kwargs["depths"]))), "flatten_sequential": True},
+        **kwargs,
+    )
+
+
+@register_model
+def efficientvmamba_tiny(pretrained: bool = False, **kwargs: Any) -> EfficientVMamba:
+    """EfficientVMamba-T: 6.5 M parameters, 0.8 G, 76.5 % top-1."""
+    model_args = {"depths": (2, 2, 4, 2), "embed_dim": 48}
+    return _create_efficientvmamba("efficientvmamba_tiny", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def efficientvmamba_small(pretrained: bool = False, **kwargs: Any) -> EfficientVMamba:
+    """EfficientVMamba-S: 11.3 M parameters, 1.3 G, 78.7 % top-1.
+
+    It is 64 channels wide, as its weights and training log are, and not 96 as the paper's table and the published
+    configurations say.
+    """
+    model_args = {"depths": (2, 2, 4, 2), "embed_dim": 64}
+    return _create_efficientvmamba("efficientvmamba_small", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def efficientvmamba_base(pretrained: bool = False, **kwargs: Any) -> EfficientVMamba:
+    """EfficientVMamba-B: 33.7 M parameters, 4.0 G, 81.8 % top-1."""
+    model_args = {"depths": (2, 2, 9, 2), "embed_dim": 96}
+    return _create_efficientvmamba("efficientvmamba_base", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def test_efficientvmamba(pretrained: bool = False, **kwargs: Any) -> EfficientVMamba:  # noqa: PT028
+    """The smallest size that still has every part, for tests."""
+    model_args = {"depths": (1, 1, 1, 1), "embed_dim": 16, "d_state": 4}
+    return _create_efficientvmamba("test_efficientvmamba", pretrained, **{**model_args, **kwargs})
