@@ -1,5 +1,6 @@
 """Parts that two or more model families share. Maps are channels last: (batch, height, width, channels)."""
 
+from vmamba.layers.block import PreNormBlock
 from vmamba.layers.conv import Conv2dNHWC
 from vmamba.layers.downsample import ConvDownsample, PatchMerging
 from vmamba.layers.init import init_weights
@@ -16,6 +17,7 @@ __all__ = [
     "GatedSS2D",
     "PatchMerging",
     "PatchStem",
+    "PreNormBlock",
     "ScanNorm",
     "SelectiveSSM",
     "dt_rank",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.ops import selective_scan
+from vmamba.ops.selective_scan import Result
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 """Step sizes start log-uniform in [DT_MIN, DT_MAX], none below DT_FLOOR."""
@@ -66,11 +67,20 @@ class SelectiveSSM(nn.Module):
         self.A_log.copy_(torch.arange(1, self.d_state + 1, device=self.A_log.device).log().expand_as(self.A_log))
         self.D.fill_(1.0)
 
-    def forward(self, u: Tensor, route: Tensor) -> Tensor:
-        """Scans ``u`` (batch, L, D) along ``route`` (K, T); returns the sum over directions, float32 (batch, L, D)."""
-        batch, length, _ = u.shape
-        params = self.x_proj(u).view(batch, length, self.directions, self.rank + 2 * self.d_state)
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Low-rank step sizes (batch, L, K, R), B and C (batch, L, K, N) of ``u`` (batch, L, D)."""
+        params = self.x_proj(u).unflatten(-1, (self.directions, self.rank + 2 * self.d_state))
         dt, B, C = params.split([self.rank, self.d_state, self.d_state], dim=-1)
+        return dt, B, C
+
+    def forward(self, u: Tensor, route: Tensor, result: Result = "merged") -> Tensor:
+        """Scans ``u`` (batch, L, D) along ``route`` (K, T).
+
+        Returns:
+            In float32, the sum over directions and visits, (batch, L, D), or another ``result`` of
+            :func:`vmamba.ops.selective_scan`.
+        """
+        dt, B, C = self.project(u)
         return selective_scan(
             u,
             dt,
@@ -81,4 +91,5 @@ class SelectiveSSM(nn.Module):
             dt_weight=self.dt_weight,
             dt_bias=self.dt_bias,
             route=route,
+            result=result,
         )

@@ -3,11 +3,11 @@
 A family builds its stem and its stages and passes them on; everything timm asks of a model is here.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, to_2tuple
+from timm.layers import ClassifierHead, calculate_drop_path_rates, to_2tuple
 from timm.models import checkpoint_seq, named_apply
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -36,6 +36,29 @@ class Stage(nn.Module):
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
+
+
+def make_stages(
+    depths: Sequence[int],
+    dims: Sequence[int],
+    drop_path_rate: float,
+    block: Callable[[int, float], nn.Module],
+    downsample: Callable[[int, int], nn.Module],
+) -> list[Stage]:
+    """Stages of the given depths and widths.
+
+    Args:
+        depths: Blocks per stage.
+        dims: Channels per stage.
+        drop_path_rate: Stochastic depth of the last block; rises linearly from 0 at the first.
+        block: Called with (index of the stage, drop path) for each block.
+        downsample: Called with (dim, out_dim) before each stage but the first.
+    """
+    rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+    return [
+        Stage(dim, [block(i, rate) for rate in rates[i]], downsample(dims[i - 1], dim) if i else None)
+        for i, dim in enumerate(dims)
+    ]
 
 
 class HierarchicalBackbone(nn.Module):

@@ -2,8 +2,11 @@
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from vmamba.layers import ConvDownsample, ConvStem, PatchMerging, PatchStem
 
 Names = Mapping[str, str | Callable[[re.Match], str]]
 """Patterns and what replaces them, applied in order."""
@@ -32,6 +35,25 @@ NAMES: Names = {
     r"^classifier\.head\.": "head.fc.",
 }
 """What a hierarchical model with :class:`vmamba.layers.SS2D` as mixer calls the same weights. A family adds its own."""
+
+
+_LAYERS: dict[type[nn.Module], Mapping[str, str]] = {
+    PatchStem: {"0": "conv", "2": "norm"},
+    ConvStem: {"0": "conv1", "2": "norm1", "5": "conv2", "7": "norm2"},
+    PatchMerging: {"norm": "norm", "reduction": "reduction", "1": "norm", "2": "reduction"},
+    ConvDownsample: {"1": "conv", "3": "norm"},
+}
+"""Stems and downsamplings were published as nn.Sequential: the index of each layer, by what it is here."""
+
+
+def layer_names(model: Any) -> Names:
+    """The names of the layers in the model's stem and downsamplings; for keys that went through :data:`NAMES`."""
+    stem = _LAYERS[type(model.stem)]
+    downsample = _LAYERS[type(model.stages[-1].downsample)]
+    return {
+        r"\.downsample\.(\w+)\.": lambda match: f".downsample.{downsample.get(match[1], match[1])}.",
+        r"^patch_embed\.(\w+)\.": lambda match: f"stem.{stem.get(match[1], match[1])}.",
+    }
 
 
 def is_published(weights: Mapping[str, Tensor]) -> bool:

@@ -10,51 +10,17 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.layers import Mlp
 from timm.models import generate_default_cfgs, register_model
-from torch import Tensor, nn
+from torch import Tensor
 
-from vmamba.layers import SS2D, ConvDownsample, ConvStem, GatedSS2D, PatchMerging, PatchStem
+from vmamba.layers import SS2D, ConvDownsample, ConvStem, GatedSS2D, PatchMerging, PatchStem, PreNormBlock
 from vmamba.models import _vmamba_layout
 from vmamba.models._builder import build_model
 from vmamba.models._checkpoint import unwrap
-from vmamba.models._hierarchical import HierarchicalBackbone, Stage
+from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
 
 __all__ = ["VMamba"]  # timm adds the entry points
-
-
-class VMambaBlock(nn.Module):
-    """Pre-norm residual block: mixer, then an MLP where the generation has one.
-
-    Args:
-        dim: Channels of the map (batch, height, width, dim).
-        mixer: The mixer.
-        mlp_ratio: Hidden channels of the MLP per channel of the map; 0 leaves out the MLP and its norm.
-        drop_path: Probability of dropping each of the branches, per image.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        mixer: nn.Module,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, **dd)
-        self.mixer = mixer
-        self.norm2 = nn.LayerNorm(dim, **dd) if mlp_ratio else nn.Identity()
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd) if mlp_ratio else None
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
-        if self.mlp is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
 
 
 class VMamba(HierarchicalBackbone):
@@ -91,19 +57,13 @@ class VMamba(HierarchicalBackbone):
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         dims = [embed_dim * 2**i for i in range(len(depths))]
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
-        def block(dim: int, rate: float) -> VMambaBlock:
-            return VMambaBlock(dim, mixer_layer(dim, d_state, ssm_ratio, **dd), mlp_ratio, rate, **dd)
+        def block(stage: int, drop_path: float) -> PreNormBlock:
+            dim = dims[stage]
+            mlp = Mlp(dim, int(dim * mlp_ratio), **dd) if mlp_ratio else None
+            return PreNormBlock(dim, mixer_layer(dim, d_state, ssm_ratio, **dd), mlp, drop_path, **dd)
 
-        stages = [
-            Stage(
-                dim,
-                [block(dim, rate) for rate in rates[i]],
-                downsample_layer(dims[i - 1], dim, **dd) if i else None,
-            )
-            for i, dim in enumerate(dims)
-        ]
+        stages = make_stages(depths, dims, drop_path_rate, block, partial(downsample_layer, **dd))
         stem = stem_layer(in_chans, embed_dim, **dd)
         super().__init__(stem, stages, in_chans=in_chans, num_classes=num_classes, **kwargs, **dd)
 
@@ -111,14 +71,6 @@ class VMamba(HierarchicalBackbone):
 # ---------------------------------------------------------------------------------------------------------------------
 # Published checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
-
-# Stems and downsamplings were published as nn.Sequential: the index of each layer, by what it is here.
-_LAYERS = {
-    PatchStem: {"0": "conv", "2": "norm"},
-    ConvStem: {"0": "conv1", "2": "norm1", "5": "conv2", "7": "norm2"},
-    PatchMerging: {"norm": "norm", "reduction": "reduction", "1": "norm", "2": "reduction"},
-    ConvDownsample: {"1": "conv", "3": "norm"},
-}
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
@@ -131,17 +83,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Te
     weights = unwrap(state_dict)
     if not _vmamba_layout.is_published(weights):
         return weights
-    stem = _LAYERS[type(model.stem)]
-    downsample = _LAYERS[type(model.stages[-1].downsample)]
-    names = {
-        **_vmamba_layout.NAMES,
-        r"(\.blocks\.\d+)\.norm\.": r"\1.norm1.",
-        r"\.downsample\.(\w+)\.": lambda match: f".downsample.{downsample.get(match[1], match[1])}.",
-        r"^patch_embed\.(\w+)\.": lambda match: f"stem.{stem.get(match[1], match[1])}.",
-    }
-    renamed = {
-        _vmamba_layout.rename(key, _vmamba_layout.JANUARY_2024_NAMES, names): value for key, value in weights.items()
-    }
+    tables = (
+        _vmamba_layout.JANUARY_2024_NAMES,
+        _vmamba_layout.NAMES,
+        _vmamba_layout.layer_names(model),
+        {r"(\.blocks\.\d+)\.norm\.": r"\1.norm1."},
+    )
+    renamed = {_vmamba_layout.rename(key, *tables): value for key, value in weights.items()}
     return {key: _own_shape(key, value) for key, value in renamed.items()}
 
 

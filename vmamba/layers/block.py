@@ -1,0 +1,48 @@
+"""Residual blocks on channels-last maps."""
+
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+
+class PreNormBlock(nn.Module):
+    """Two residual branches, each behind a LayerNorm: a mixer of positions, then, where there is one, of channels.
+
+    Maps (batch, height, width, dim) to the same shape.
+
+    Args:
+        dim: Channels of the map.
+        mixer: Mixes positions.
+        mlp: Mixes channels; None leaves out the branch and its norm.
+        drop_path: Probability of dropping each of the branches, per image.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        mlp: nn.Module | None = None,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.mixer = mixer
+        self.norm2 = nn.Identity() if mlp is None else nn.LayerNorm(dim, **dd)
+        self.mlp = mlp
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def mix_positions(self, x: Tensor) -> Tensor:
+        """The first branch, added to its input."""
+        return x + self.drop_path(self.mixer(self.norm1(x)))
+
+    def mix_channels(self, x: Tensor) -> Tensor:
+        """The second branch, added to its input."""
+        return x if self.mlp is None else x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix_channels(self.mix_positions(x))
