@@ -49,16 +49,14 @@ def _line(axes: Axes, epochs: list[int], values: Sequence[float | None], color: 
 
 def _mark_best(axes: Axes, records: Sequence[EpochRecord]) -> None:
     best = max(records, key=lambda record: record.best_top1)
-    axes.plot(best.epoch, best.best_top1, "o", markersize=9, markerfacecolor="none", markeredgecolor="black")
-    # Text beside the point, on the side that has room.
-    late = best.epoch > (records[0].epoch + records[-1].epoch) / 2
-    axes.annotate(
-        f"best {best.best_top1:.2f}, epoch {best.epoch}{' (EMA)' if best.best_is_ema else ''}",
-        (best.epoch, best.best_top1),
-        xytext=(-8 if late else 8, -22),
-        textcoords="offset points",
-        ha="right" if late else "left",
-        fontsize=9,
+    axes.plot(
+        best.epoch,
+        best.best_top1,
+        "o",
+        markersize=9,
+        markerfacecolor="none",
+        markeredgecolor="black",
+        label=f"best: {best.best_top1:.2f}, epoch {best.epoch}{' (EMA)' if best.best_is_ema else ''}",
     )
     # The first epochs would squeeze the rest into the top edge.
     settled = sorted(record.eval_top1 for record in records)[len(records) // 4]
@@ -74,4 +72,4 @@ def _finish(axes: Axes, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9, loc="best")

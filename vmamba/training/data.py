@@ -151,6 +151,8 @@ class TrainLoader:
             "num_workers": workers,
             "pin_memory": pin_memory,
             "persistent_workers": workers > 0,
+            # The loader draws a seed for its workers, now and then; not from the numbers that the model will draw.
+            "generator": torch.Generator(),
         }
         self.sampler: EpochBatchSampler | None = None
         if isinstance(dataset, IterableDataset):

@@ -1,0 +1,46 @@
+import subprocess
+import sys
+
+import pytest
+
+from tests.running import one_line, vmamba
+from vmamba.cli.main import COMMANDS
+
+
+def test_help_lists_the_commands():
+    for arguments in ((), ("--help",)):
+        result = vmamba(*arguments)
+        assert result.status == 0
+        assert all(name in result.out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        vmamba(name, "--help")
+    assert caught.value.code == 0
+
+
+def test_version():
+    assert vmamba("--version").out.startswith("vmamba ")
+
+
+def test_unknown_command():
+    assert one_line(vmamba("trian")) == "vmamba: error: unknown command 'trian'; did you mean train?"
+
+
+def test_as_a_program():
+    run = subprocess.run([sys.executable, "-m", "vmamba.cli.main", "nothing"], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.strip().splitlines()[-1].startswith("vmamba: error: unknown command 'nothing'")
+
+
+def test_the_commands_themselves_do_not_import_torch():
+    """The package's `__init__` registers the models and so needs torch; the command must not make it slower still."""
+    code = (
+        "import sys, types; package = types.ModuleType('vmamba'); package.__path__ = ['vmamba'];"
+        "package.__version__ = '0'; sys.modules['vmamba'] = package;"
+        "import vmamba.cli.main, vmamba.cli.train, vmamba.cli.validate, vmamba.cli.predict, vmamba.cli.models;"
+        "assert 'torch' not in sys.modules and 'timm' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

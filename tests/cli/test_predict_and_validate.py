@@ -1,0 +1,181 @@
+import csv
+import re
+import shutil
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from tests.running import make_folder, one_line, train, vmamba
+from vmamba.training import checkpoint
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def best(data, tmp_path_factory):
+    """best.pth of a run that tells the colours apart."""
+    output = tmp_path_factory.mktemp("runs")
+    result = train(data, output, "run", "--no-ema", epochs=6)
+    assert result.status == 0, result.err
+    return output / "run" / "best.pth"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Weights for 1000 classes, in a file that says nothing but the weights."""
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save({"model": timm.create_model("test_convnext").state_dict()}, path)
+    return path
+
+
+def predict(*arguments, output):
+    return vmamba("predict", *arguments, "--output", output, "--device", "cpu")
+
+
+# predict
+
+
+def test_predict_an_image(data, best, tmp_path):
+    picture, table = tmp_path / "p.png", tmp_path / "p.csv"
+    image = data / "val" / "red" / "0.png"
+    result = predict(image, "--checkpoint", best, "--csv", table, output=picture)
+    assert result.status == 0, result.err
+    line = result.out.splitlines()[0]
+    assert re.match(rf"{re.escape(str(image))}:  red \d+\.\d %   (blue|green) \d+\.\d %   ", line)
+    with Image.open(picture) as drawn:
+        assert min(drawn.size) > 100
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["class"] == "red"
+    assert sum(float(row["probability"]) for row in rows) == pytest.approx(1, abs=1e-4)
+
+
+def test_predict_a_folder(data, best, tmp_path):
+    result = predict(data / "val", "--checkpoint", best, "--batch-size", 4, "--topk", 1, output=tmp_path / "p.png")
+    assert result.status == 0, result.err
+    lines = [line for line in result.out.splitlines() if ".png:" in line]
+    assert len(lines) == 15
+    assert sum(re.search(r"/(\w+)/\d\.png:  (\w+)", line)[1] == re.search(r":  (\w+)", line)[1] for line in lines) >= 14
+
+
+def test_what_is_no_image_is_skipped_in_a_folder(data, best, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(data / "val" / "red", folder)
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden").write_text("not even mentioned")
+    whole = (folder / "0.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    result = predict(folder, "--checkpoint", best, output=tmp_path / "p.png")
+    assert result.status == 0, result.err
+    assert len([line for line in result.out.splitlines() if ".png:" in line]) == 5
+    warnings = [line for line in result.err.splitlines() if line.startswith("warning: skipped")]
+    assert len(warnings) == 2
+    assert f"skipped {folder / 'notes.txt'}: not an image" in result.err
+
+
+def test_what_is_no_image_is_an_error_alone(best, tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    message = one_line(predict(tmp_path / "notes.txt", "--checkpoint", best, output=tmp_path / "p.png"))
+    assert "notes.txt is no image that can be read: not an image" in message
+    assert "not found" in one_line(predict(tmp_path / "no.png", "--checkpoint", best, output=tmp_path / "p.png"))
+    (tmp_path / "empty").mkdir()
+    assert "no images in" in one_line(predict(tmp_path / "empty", "--checkpoint", best, output=tmp_path / "p.png"))
+
+
+def test_predict_with_imagenet_names(data, published, tmp_path):
+    image = data / "val" / "red" / "0.png"
+    options = ("--model", "test_convnext", "--checkpoint", published, "--topk", 2)
+    result = predict(image, *options, output=tmp_path / "p.png")
+    assert result.status == 0, result.err
+    names = timm.data.ImageNetInfo().label_descriptions()
+    first = re.search(r":  (.+?) \d+\.\d %", result.out)[1]
+    assert any(name.split(",")[0] == first for name in names)
+
+
+def test_predict_digits(tmp_path):
+    options = ("--epochs", 1, "--warmup-epochs", 0, "--no-tensorboard", "--model", "test_vmamba", "--lr", "1e-3")
+    assert vmamba("train", *options, "--output", tmp_path, "--name", "run").status == 0
+    result = predict("digits", "--checkpoint", tmp_path / "run" / "best.pth", output=tmp_path / "p.png")
+    assert result.status == 0, result.err
+    assert len(re.findall(r"digit_\d+\.png \(a \d\):", result.out)) == 24
+
+
+def test_picture_that_cannot_be_written(data, best, tmp_path):
+    image = data / "val" / "red" / "0.png"
+    assert "cannot write" in one_line(predict(image, "--checkpoint", best, output=tmp_path / "none" / "p.png"))
+    assert "cannot write" in one_line(predict(image, "--checkpoint", best, output=tmp_path / "p.xyz"))
+
+
+# validate
+
+
+def test_validate_needs_nothing_but_the_checkpoint(best, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    result = vmamba("validate", "--checkpoint", best, "--workers", 0, "--device", "cpu")
+    assert result.status == 0, result.err
+    top1 = float(re.search(r"top-1 ([\d.]+) %", result.out)[1])
+    assert top1 == pytest.approx(checkpoint.read(best)["top1"], abs=1e-3)
+    assert "15 images" in result.out
+
+
+def test_validate_on_a_folder_with_a_class_map(data, best, tmp_path):
+    """A folder with some of the classes, kept in the order of training by a class map."""
+    shutil.copytree(data / "val" / "red", tmp_path / "photos" / "red")
+    arguments = ("validate", "--checkpoint", best, "--data", tmp_path / "photos", "--workers", 0)
+    assert "has 1 classes, but test_vmamba has 3 outputs" in one_line(vmamba(*arguments))
+    (tmp_path / "classes.txt").write_text("blue\ngreen\nred\n")
+    result = vmamba(*arguments, "--class-map", tmp_path / "classes.txt")
+    assert result.status == 0, result.err
+    assert "top-1 100.000 %" in result.out
+
+
+def test_validate_on_other_classes(data, best, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "val" / "red").rename(tmp_path / "data" / "val" / "yellow")
+    message = one_line(vmamba("validate", "--checkpoint", best, "--data", tmp_path / "data", "--workers", 0))
+    assert "the classes differ from those the model was trained on: 'yellow' where it has 'red'" in message
+
+
+def test_validate_amp_and_size(data, best):
+    result = vmamba("validate", "--checkpoint", best, "--amp", "bf16", "--img-size", 64, "--workers", 0)
+    assert result.status == 0, result.err
+    assert "test_vmamba at 64x64" in result.out
+
+
+def test_mistakes_in_naming_the_model(best, published, data, tmp_path):
+    assert "which model?" in one_line(vmamba("validate"))
+    assert "which weights for" in one_line(vmamba("validate", "--model", "test_vmamba"))
+    assert "does not say which model" in one_line(vmamba("validate", "--checkpoint", published))
+    assert "unknown model" in one_line(vmamba("validate", "--model", "test_vmambo", "--checkpoint", published))
+    assert "not of 'resnet18'" in one_line(vmamba("validate", "--model", "resnet18", "--checkpoint", best))
+    both = ("--model", "test_convnext", "--pretrained", "--checkpoint", published)
+    assert "both name weights" in one_line(vmamba("validate", *both))
+    assert "which images?" in one_line(vmamba("validate", "--model", "test_convnext", "--checkpoint", published))
+    assert "has 3 classes, but test_convnext has 1000 outputs" in one_line(
+        vmamba("validate", "--model", "test_convnext", "--checkpoint", published, "--data", data)
+    )
+    assert "no published weights" in one_line(vmamba("validate", "--model", "test_vmamba", "--pretrained"))
+
+
+@pytest.mark.parametrize("model", ["test_convnext2", "test_vmamba"])
+def test_wrong_published_weights(published, model):
+    message = one_line(vmamba("validate", "--model", model, "--checkpoint", published, "--data", "digits"))
+    assert str(published) in message
+    assert "missing" in message or "shape(s) differ" in message
+
+
+def test_damaged_checkpoints(best, tmp_path):
+    whole = best.read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[:-1000])
+    assert "is damaged" in one_line(vmamba("validate", "--checkpoint", tmp_path / "cut.pth"))
+    assert "not found" in one_line(vmamba("validate", "--checkpoint", tmp_path / "none.pth"))
+    for name in ("a.safetensors", "b.safetensors"):
+        (tmp_path / "a.safetensors").write_bytes(b"nothing")
+        assert name in one_line(
+            vmamba("validate", "--model", "test_convnext", "--checkpoint", tmp_path / name, "--data", "digits")
+        )

@@ -1,0 +1,250 @@
+import csv
+import json
+import re
+import resource
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+
+from tests.running import make_folder, one_line, train, vmamba
+from vmamba.training import checkpoint
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A finished run of three epochs, and what it printed."""
+    output = tmp_path_factory.mktemp("runs")
+    result = train(data, output, "run", "--tensorboard", epochs=3)
+    assert result.status == 0, result.err
+    return output / "run", result.out
+
+
+def test_folder_of_a_run(run):
+    folder, out = run
+    names = {entry.name for entry in folder.iterdir()}
+    assert names == {
+        *("config.yaml", "summary.csv", "curves.png", "last.pth", "best.pth", "train.log", "tensorboard"),
+    }
+    with Image.open(folder / "curves.png") as curves:
+        assert min(curves.size) > 300
+    with open(folder / "summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[2]["train_loss"]) < float(rows[0]["train_loss"])
+    assert yaml.safe_load((folder / "config.yaml").read_text())["batch_size"] == 8
+    assert "best top-1" in out
+    assert f"next   vmamba predict IMAGE_OR_FOLDER --checkpoint {folder / 'best.pth'}" in out
+    assert "epoch 3/3" in (folder / "train.log").read_text()
+    assert any((folder / "tensorboard").iterdir())
+
+
+def test_files_hold_plain_values(run):
+    for name in ("last.pth", "best.pth"):
+        torch.load(run[0] / name, weights_only=True)
+
+
+def test_timm_loads_the_best(run):
+    content = checkpoint.read(run[0] / "best.pth")
+    model = timm.create_model(content["arch"], checkpoint_path=str(run[0] / "best.pth"), **content["model_args"])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, content["state_dict"][name])
+
+
+def test_best_is_the_best_epoch(run):
+    with open(run[0] / "summary.csv", newline="") as file:
+        tops = [max(float(row["eval_top1"]), float(row["ema_top1"])) for row in csv.DictReader(file)]
+    content = checkpoint.read(run[0] / "best.pth")
+    assert content["top1"] == max(tops)
+    assert content["epoch"] == tops.index(max(tops)) + 1
+    assert content["class_names"] == ["blue", "green", "red"]
+    json.dumps({key: value for key, value in content.items() if key != "state_dict"})
+
+
+def test_config_of_a_run_trains_again(run, tmp_path):
+    result = vmamba("train", "--config", run[0] / "config.yaml", "--output", tmp_path, "--epochs", 2)
+    assert result.status == 0, result.err
+    folder = next(tmp_path.iterdir())
+    assert folder.name.startswith("test_vmamba-")
+
+
+def test_names_of_runs_are_not_reused(data, run, tmp_path):
+    message = one_line(train(data, run[0].parent, "run"))
+    assert "exists already" in message
+    assert "--resume" in message
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_amp(data, tmp_path, amp):
+    result = train(data, tmp_path, "run", "--amp", amp)
+    assert result.status == 0, result.err
+    content = checkpoint.read(tmp_path / "run" / "last.pth")
+    assert all(value.dtype == torch.float32 for value in content["state_dict"].values())
+    assert ("scale" in content["scaler"]) == (amp == "fp16")
+
+
+@pytest.mark.slow
+def test_compile(data, tmp_path):
+    result = train(data, tmp_path, "run", "--compile")
+    assert result.status == 0, result.err
+    names = checkpoint.read(tmp_path / "run" / "last.pth")["state_dict"]
+    assert not any(name.startswith("_orig_mod") for name in names)
+
+
+def test_fine_tuning_from_a_run_with_other_classes(run, tmp_path):
+    data = make_folder(tmp_path / "data")
+    (data / "train" / "red").rename(data / "train" / "blue2")
+    (data / "val" / "red").rename(data / "val" / "blue2")
+    for split in ("train", "val"):
+        (data / split / "grey").mkdir()
+        Image.fromarray(np.full((40, 40), 128, np.uint8)).save(data / split / "grey" / "0.png")
+    result = train(data, tmp_path, "run", "--initial-checkpoint", run[0] / "best.pth", "--lr", 0.1, "--epochs", 2)
+    assert result.status == 0, result.err
+    assert "4 classes" in result.out
+
+
+def test_any_timm_model(data, tmp_path):
+    assert train(data, tmp_path, "a", "--model", "test_convnext").status == 0
+    # one that is built for a fixed size of image
+    assert train(data, tmp_path, "b", "--model", "test_vit").status == 0
+
+
+def test_unreadable_training_image_is_skipped(data, tmp_path):
+    data = make_folder(tmp_path / "data")
+    (data / "train" / "red" / "0.png").write_text("no image")
+    result = train(data, tmp_path, "run")
+    assert result.status == 0, result.err
+    assert "Skipped sample" in result.err
+
+
+# Mistakes
+
+
+def test_unknown_model(data, tmp_path):
+    message = one_line(train(data, tmp_path, "run", "--model", "vmamba_tini"))
+    assert "unknown model 'vmamba_tini'; did you mean vmamba_tiny" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_tag(data, tmp_path):
+    message = one_line(train(data, tmp_path, "run", "--model", "vmamba_tiny_s1l8.in2k"))
+    assert "no weights are known as 'vmamba_tiny_s1l8.in2k'; did you mean vmamba_tiny_s1l8.in1k" in message
+
+
+def test_unknown_model_argument(data, tmp_path):
+    message = one_line(train(data, tmp_path, "run", "--model-kwargs", "{deepness: 3}"))
+    assert "model 'test_vmamba' cannot be built" in message
+    assert "deepness" in message
+
+
+def test_no_published_weights(data, tmp_path):
+    assert "no published weights" in one_line(train(data, tmp_path, "run", "--pretrained"))
+
+
+def test_wrong_initial_checkpoint(data, tmp_path, run):
+    wrong = tmp_path / "wrong.pth"
+    torch.save({"state_dict": timm.create_model("test_convnext").state_dict()}, wrong)
+    message = one_line(train(data, tmp_path, "run", "--initial-checkpoint", wrong))
+    assert "wrong.pth" in message
+    assert "missing" in message
+    message = one_line(
+        train(data, tmp_path, "run", "--model", "test_convnext", "--initial-checkpoint", run[0] / "best.pth")
+    )
+    assert "holds weights of 'test_vmamba', not of 'test_convnext'" in message
+
+
+def test_missing_and_empty_data(tmp_path):
+    assert "data 'nowhere' not found" in one_line(train("nowhere", tmp_path, "run"))
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    (tmp_path / "empty" / "val").mkdir()
+    assert "Found 0 images" in one_line(train(tmp_path / "empty", tmp_path, "run"))
+
+
+def test_no_validation_split(tmp_path):
+    data = make_folder(tmp_path / "data", splits=("train",))
+    for folder in (data / "train").iterdir():
+        folder.rename(data / folder.name)
+    (data / "train").rmdir()
+    assert "would use the same images" in one_line(train(data, tmp_path, "run"))
+
+
+def test_images_without_class_folders(tmp_path):
+    data = make_folder(tmp_path / "data")
+    (data / "train" / "red" / "0.png").rename(data / "train" / "0.png")
+    assert "images lie directly in" in one_line(train(data, tmp_path, "run"))
+
+
+def test_splits_with_different_classes(tmp_path):
+    data = make_folder(tmp_path / "data")
+    (data / "val" / "red").rename(data / "val" / "yellow")
+    message = one_line(train(data, tmp_path, "run"))
+    assert "different classes" in message
+    assert "red, yellow" in message
+
+
+def test_class_count_that_does_not_fit(data, tmp_path):
+    assert "num_classes is 5, but" in one_line(train(data, tmp_path, "run", "--num-classes", 5))
+
+
+def test_too_little_data(data, tmp_path):
+    message = one_line(train(data, tmp_path, "run", "--batch-size", 64))
+    assert "batch_size 64 is larger than the training split (24 images)" in message
+
+
+def test_mistyped_value(data, tmp_path):
+    assert "epochs: 'ten' is not a whole number" in one_line(train(data, tmp_path, "run", "--epochs", "ten"))
+    assert "opt 'adumw'" in one_line(train(data, tmp_path, "run", "--opt", "adumw"))
+    assert "Unknown scheduler 'cosin'" in one_line(train(data, tmp_path, "run", "--sched", "cosin"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(data, tmp_path):
+    assert "sees no CUDA GPU" in one_line(train(data, tmp_path, "run", "--device", "cuda"))
+
+
+def test_loss_that_is_not_finite(data, tmp_path):
+    assert train(data, tmp_path, "run", "--stop-after", 1, "--no-ema", "--opt", "sgd", epochs=3).status == 0
+    before = (tmp_path / "run" / "last.pth").read_bytes()
+    message = one_line(vmamba("train", "--resume", tmp_path / "run", "--lr", "1e30", "--clip-grad", "null"))
+    assert re.search(r"the loss became nan in epoch 2, update [12] \((first in the output of '|weight ')", message)
+    assert (tmp_path / "run" / "last.pth").read_bytes() == before
+
+
+def test_disk_full_in_a_run(data, tmp_path):
+    """A limit on the size of files fails a save half-way, as a full disk does."""
+    assert train(data, tmp_path, "run", "--stop-after", 1, epochs=3).status == 0
+    before = (tmp_path / "run" / "last.pth").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+    try:
+        result = vmamba("train", "--resume", tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large; the previous one is intact" in one_line(result)
+    assert (tmp_path / "run" / "last.pth").read_bytes() == before
+    assert vmamba("train", "--resume", tmp_path / "run").status == 0
+
+
+def test_tensorboard_missing_is_said_once(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = train(data, tmp_path, "run", "--tensorboard")
+    assert result.status == 0
+    assert result.err.count("TensorBoard is not installed") == 1
+
+
+@pytest.mark.slow
+def test_first_command(tmp_path):
+    """`vmamba train` with no arguments learns the digits."""
+    result = vmamba("train", "--output", tmp_path)
+    assert result.status == 0, result.err
+    content = checkpoint.read(tmp_path / "vmamba_nano_32-digits" / "best.pth")
+    assert content["top1"] >= 97.5
