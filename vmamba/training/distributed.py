@@ -53,7 +53,7 @@ class Process:
 
 @contextlib.contextmanager
 def join(device: str = "auto") -> Iterator[Process]:
-    """Join the group that torchrun, or SLURM, describes in the environment; alone without one.
+    """Join the group that torchrun describes in the environment; alone without one.
 
     The processes talk through NCCL on GPUs and gloo on CPUs.
 
@@ -64,12 +64,15 @@ def join(device: str = "auto") -> Iterator[Process]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        # timm would look for a group in SLURM's variables as well, which an interactive allocation sets for nothing.
+        yield Process(torch.device(device))
+        return
     info = init_distributed_device_so(device)
     try:
         yield Process(torch.device(info["device"]), info["global_rank"], info["world_size"])
     finally:
-        if info["distributed"]:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def _check_device(device: str) -> None:
