@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates, to_2tuple
+from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import checkpoint_seq, named_apply
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vmamba.layers import SelectiveSSM, init_weights
+from vmamba.layers import init_weights
+from vmamba.models._backbone import Backbone
 
 
 class Stage(nn.Module):
@@ -61,7 +62,7 @@ def make_stages(
     ]
 
 
-class HierarchicalBackbone(nn.Module):
+class HierarchicalBackbone(Backbone):
     """Stem, stages, LayerNorm, global pooling, linear classifier; channels last throughout.
 
     Any input size works that the stem maps to at least one position.
@@ -116,7 +117,6 @@ class HierarchicalBackbone(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         self.init_weights()
 
     @torch.jit.ignore
@@ -129,14 +129,6 @@ class HierarchicalBackbone(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (batch, C, H, W) to the last normalised map (batch, height, width, num_features)."""
         return self.norm(self.stages(self.stem(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last map to logits, or with ``pre_logits`` to what the classifier would see."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (batch, C, H, W) to logits (batch, num_classes)."""
-        return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
         self,
@@ -194,38 +186,7 @@ class HierarchicalBackbone(nn.Module):
             self.reset_classifier(0, "")
         return taken
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier of ``num_classes`` outputs (0: none), and a new pooling if one is named."""
-        reference = next(self.stem.parameters())
-        self.num_classes = num_classes
-        self.head.in_features = self.num_features
-        self.head.reset(num_classes, pool_type=global_pool)
-        self.head.to(device=reference.device, dtype=reference.dtype)
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
-        if global_pool is not None:
-            self.global_pool = global_pool
-
-    def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: Any = None) -> None:
-        """Nothing has to change for another input size; the request is checked.
-
-        Raises:
-            ValueError: for a size that is not positive, or for a patch size.
-        """
-        if img_size is not None and min(to_2tuple(img_size)) < 1:
-            raise ValueError(f"img_size must be positive, got {img_size}")
-        if patch_size is not None:
-            raise ValueError("the stem's patch size is part of the weights and cannot be changed")
-
     # -- Training -----------------------------------------------------------------------------------------------------
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """The scans' skips, which published training leaves undecayed as it does biases and norms."""
-        return {f"{name}.D" for name, module in self.named_modules() if isinstance(module, SelectiveSSM)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
