@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from timm.layers import SelectAdaptivePool2d, to_2tuple
+from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba.layers import GatedSS2D, SelectiveSSM
+from vmamba.models.efficientvmamba import EfficientVMamba
 from vmamba.models.vmamba import VMamba
 
 InputSize = int | tuple[int, int] | tuple[int, int, int]
@@ -107,7 +109,31 @@ def _einsum_projections(module: GatedSS2D, x: Tensor, y: Tensor) -> int:
     return sum(_einsum(elements * width) - elements * width for width in (ssm.rank + 2 * ssm.d_state, ssm.rank))
 
 
+def _batch_norm(module: nn.BatchNorm2d, x: Tensor, y: Tensor) -> int:
+    return 2 * x.numel()
+
+
+def _atrous_scan(module: GatedSS2D, x: Tensor, y: Tensor) -> int:
+    """The scan, padded to whole cells, and its einsums; less what ``x_proj`` counts for directions that stay away."""
+    batch, height, width, _ = x.shape
+    ssm, inner = module.ssm, module.out_proj.in_features
+    width_of_params = ssm.rank + 2 * ssm.d_state
+    elements = batch * 4 * math.ceil(height / 2) * math.ceil(width / 2) * inner
+    scan = elements * (9 * ssm.d_state + 1)
+    projections = _einsum(elements * width_of_params) + _einsum(elements * ssm.rank)
+    return scan + projections - batch * height * width * inner * ssm.directions * width_of_params
+
+
 PUBLISHED_RULES: dict[type[nn.Module], Rule] = {
+    EfficientVMamba: {
+        nn.Conv2d: _conv,
+        nn.Linear: _linear,
+        nn.LayerNorm: _norm,
+        nn.BatchNorm2d: _batch_norm,
+        SelectAdaptivePool2d: _pool,
+        SqueezeExcite: _pool,
+        GatedSS2D: _atrous_scan,
+    },
     VMamba: {**FVCORE_RULE, GatedSS2D: _einsum_projections},
 }
 """The rule behind the published figures, by model class."""

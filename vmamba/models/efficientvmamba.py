@@ -6,22 +6,23 @@ published code and the pages of its weights say Apache-2.0; the licence file its
 (github.com/TerryPei/EfficientVMamba).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import InvertedResidual as TimmInvertedResidual
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
-from vmamba.layers import GatedSS2D, PatchMerging, PatchStem
+from vmamba.layers import ConvStem, GatedSS2D, PatchMerging, PatchStem
 from vmamba.models import _vmamba_layout
 from vmamba.models._builder import build_model
 from vmamba.models._checkpoint import unwrap
-from vmamba.models._hierarchical import HierarchicalBackbone, Stage
+from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
 from vmamba.ops import DECAY_ONLY, register_route
 
 __all__ = ["EfficientVMamba"]  # timm adds the entry points
@@ -130,9 +131,7 @@ class InvertedResidual(TimmInvertedResidual):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        def squeeze_excite(channels: int, **kwargs: Any) -> SqueezeExcite:
-            return SqueezeExcite(channels, rd_ratio=0.125, **kwargs)
-
+        squeeze_excite: Any = partial(SqueezeExcite, rd_ratio=0.125)
         super().__init__(
             dim, dim, exp_ratio=4.0, se_layer=squeeze_excite, drop_path_rate=drop_path, device=device, dtype=dtype
         )
@@ -151,6 +150,7 @@ class EfficientVMamba(HierarchicalBackbone):
         d_state: States per channel of the scans.
         ssm_ratio: Channels of the scans per channel of the map.
         drop_path_rate: Stochastic depth of the last block; rises linearly from 0 at the first.
+        stem_layer: Called with (in_chans, embed_dim).
     """
 
     def __init__(
@@ -163,24 +163,21 @@ class EfficientVMamba(HierarchicalBackbone):
         d_state: int = 16,
         ssm_ratio: float = 2.0,
         drop_path_rate: float = 0.0,
+        stem_layer: Any = PatchStem,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         dims = [embed_dim * 2**i for i in range(len(depths))]
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
-        def block(stage: int, rate: float) -> nn.Module:
+        def block(stage: int, drop_path: float) -> nn.Module:
             if stage < scan_stages:
-                return EVSSBlock(dims[stage], d_state, ssm_ratio, rate, **dd)
-            return InvertedResidual(dims[stage], rate, **dd)
+                return EVSSBlock(dims[stage], d_state, ssm_ratio, drop_path, **dd)
+            return InvertedResidual(dims[stage], drop_path, **dd)
 
-        stages = [
-            Stage(dim, [block(i, rate) for rate in rates[i]], PatchMerging(dims[i - 1], dim, **dd) if i else None)
-            for i, dim in enumerate(dims)
-        ]
-        stem = PatchStem(in_chans, embed_dim, **dd)
+        stages = make_stages(depths, dims, drop_path_rate, block, partial(PatchMerging, **dd))
+        stem = stem_layer(in_chans, embed_dim, **dd)
         super().__init__(stem, stages, in_chans=in_chans, num_classes=num_classes, **kwargs, **dd)
 
 
@@ -205,8 +202,6 @@ _NAMES: _vmamba_layout.Names = {
     r"\.se\.norm\.": ".gate.norm.",
     r"\.se\.global_reduce\.": ".gate.reduce.",
     r"\.se\.channel_select\.": ".gate.expand.",
-    r"^patch_embed\.0\.": "stem.conv.",
-    r"^patch_embed\.2\.": "stem.norm.",
 }
 
 
@@ -220,7 +215,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Te
     weights = unwrap(state_dict)
     if not _vmamba_layout.is_published(weights):
         return weights
-    tables = _vmamba_layout.JANUARY_2024_NAMES, _vmamba_layout.NAMES, _NAMES
+    tables = _vmamba_layout.JANUARY_2024_NAMES, _vmamba_layout.NAMES, _NAMES, _vmamba_layout.layer_names(model)
     renamed = {_vmamba_layout.rename(key, *tables): value for key, value in weights.items()}
     return {key: _vmamba_layout.scan_shape(key, value) for key, value in renamed.items()}
 
@@ -265,6 +260,9 @@ default_cfgs = generate_default_cfgs(
         "efficientvmamba_tiny.in1k": _published("Tiny"),
         "efficientvmamba_small.in1k": _published("Small"),
         "efficientvmamba_base.in1k": _published("Base"),
+        "efficientvmamba_nano_32.untrained": _cfg(
+            num_classes=10, input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0, first_conv="stem.conv1"
+        ),
         "test_efficientvmamba.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
     }
 )
@@ -309,6 +307,14 @@ def efficientvmamba_base(pretrained: bool = False, **kwargs: Any) -> EfficientVM
     """EfficientVMamba-B: 33.7 M parameters, 4.0 G, 81.8 % top-1."""
     model_args = {"depths": (2, 2, 9, 2), "embed_dim": 96}
     return _create_efficientvmamba("efficientvmamba_base", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def efficientvmamba_nano_32(pretrained: bool = False, **kwargs: Any) -> EfficientVMamba:
+    """For 32x32 images and one CPU core: two scanning stages and one of convolutions. Not published."""
+    small_stem = partial(ConvStem, strides=(2, 1))
+    model_args = {"depths": (1, 2, 1), "embed_dim": 32, "d_state": 4, "stem_layer": small_stem}
+    return _create_efficientvmamba("efficientvmamba_nano_32", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
