@@ -1,6 +1,7 @@
 """The model families; importing this package registers them with timm."""
 
 from vmamba.models.efficientvmamba import EfficientVMamba
+from vmamba.models.msvmamba import MSVMamba
 from vmamba.models.vmamba import VMamba
 
-__all__ = ["EfficientVMamba", "VMamba"]
+__all__ = ["EfficientVMamba", "MSVMamba", "VMamba"]
