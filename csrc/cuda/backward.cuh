@@ -16,17 +16,14 @@
 
 namespace vmamba::cuda {
 
-constexpr int kSpan = 8;                       // steps held in registers
-constexpr int kSpans = kPageSteps / kSpan;
-
 // How a group of states is spread over lanes.
 template <int Group>
 struct Lanes {
-    static constexpr int kLanes = Group == 1 ? 1 : 4;        // lanes of one channel
-    static constexpr int kStates = Group / kLanes;           // states in a lane
-    static constexpr int kOwn = kSpan / kLanes;              // steps of a span whose per-channel work a lane does
-    static constexpr int kWidth = 32 / kLanes;               // channels in a warp
-    static constexpr int kSumSteps = Group == 1 ? kPageSteps : 2 * kSpan;  // steps of sums kept in shared memory
+    static constexpr int kLanes = Group == 1 ? 1 : 4;  // lanes of one channel
+    static constexpr int kStates = Group / kLanes;     // states in a lane
+    static constexpr int kSpan = Group == 1 ? 16 : 8;  // steps held in registers
+    static constexpr int kOwn = kSpan / kLanes;        // steps of a span whose per-channel work a lane does
+    static constexpr int kWidth = 32 / kLanes;         // channels in a warp
 };
 
 struct BackwardShared {
@@ -39,8 +36,8 @@ struct BackwardShared {
         weight_grads = weights + (rank ? tile * rank_stride(rank) : 0);
         delta = weight_grads + (rank ? tile * rank_stride(rank) : 0);
         states = delta + kPageSteps * delta_stride(tile);
-        sums = states + kSpans * threads * (group / lanes);
-        bytes = (sums + (threads / 32) * (group == 1 ? kPageSteps : 2 * kSpan) * 2 * group) * 4;
+        sums = states + (group == 1 ? 0 : kPageSteps / Lanes<kWideGroup>::kSpan * threads * (group / lanes));
+        bytes = (sums + (threads / 32) * (group == 1 ? kPageSteps : 2 * Lanes<kWideGroup>::kSpan) * 2 * group) * 4;
     }
 };
 
@@ -57,11 +54,12 @@ __device__ __forceinline__ float of_step(const float (&own)[Lanes<Group>::kOwn],
 
 // From each lane's share of eight values to the total of the steps it owns.
 template <int Group>
-__device__ __forceinline__ void sum_over_lanes(const float (&share)[kSpan], float (&own)[Lanes<Group>::kOwn]) {
+__device__ __forceinline__ void sum_over_lanes(const float (&share)[Lanes<Group>::kSpan], float (&own)[Lanes<Group>::kOwn]) {
     if constexpr (Lanes<Group>::kLanes == 1) {
 #pragma unroll
-        for (int j = 0; j < kSpan; ++j) own[j] = share[j];
+        for (int j = 0; j < Lanes<Group>::kSpan; ++j) own[j] = share[j];
     } else {
+        static_assert(Lanes<Group>::kSpan == 8 && Lanes<Group>::kLanes == 4);
         const bool upper = threadIdx.x & 2, odd = threadIdx.x & 1;
         float half[4];
 #pragma unroll
@@ -111,7 +109,7 @@ __device__ void add_weight_grads(float* weight_grads, const float* delta, int st
             const float a[4] = {dx[0], dx[8], dx[4 * stride], dx[4 * stride + 8]};
             const float* row = low + (t + q) * row_stride + r + g;
             const float b[2] = {row[0], row[4 * row_stride]};
-            mma<Exact>(acc, a, b);
+            mma<Exact, false, !Exact>(acc, a, b);
         }
         out[0] = acc[0], out[1] = acc[1], out[8 * row_stride] = acc[2], out[8 * row_stride + 1] = acc[3];
     }
@@ -131,7 +129,7 @@ __device__ void store_row_grads(float* rows, int64_t features, const float* delt
             const float a[4] = {dx[0], dx[8 * stride], dx[4], dx[8 * stride + 4]};
             const float* weight = weights + (c + q) * row_stride + r + g;
             const float b[2] = {weight[0], weight[4 * row_stride]};
-            mma<Exact>(acc, a, b);
+            mma<Exact, false, !Exact>(acc, a, b);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -144,10 +142,11 @@ __device__ void store_row_grads(float* rows, int64_t features, const float* delt
 // Pass::summary: what a chunk hands to the one before it if nothing arrives from behind, and how much of an arriving
 // gradient survives. Pass::output: all gradients.
 template <typename T, int Group, bool OfStates, Pass pass>
-__global__ void __launch_bounds__(256) backward_kernel(const __grid_constant__ BackwardArgs args) {
+__global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(const __grid_constant__ BackwardArgs args) {
     using L = Lanes<Group>;
     constexpr bool kExact = std::is_same_v<T, float>;
-    constexpr int kStates = L::kStates, kOwn = L::kOwn;
+    constexpr int64_t kInterval = checkpoint_interval(Group);  // between checkpoints
+    constexpr int kStates = L::kStates, kOwn = L::kOwn, kSpan = L::kSpan;
     const Scan& s = args.scan;
     const Cut& cut = args.cut;
     const int slices = static_cast<int>(s.directions) * cut.groups;
@@ -173,8 +172,9 @@ __global__ void __launch_bounds__(256) backward_kernel(const __grid_constant__ B
     float* sums = shared + layout.sums;
     const int stride = delta_stride(cut.tile);
     if (rank) {
-        stage_weights(weights, s, direction, first_channel, cut.tile);
+        stage_weights<kExact>(weights, s, direction, first_channel, cut.tile);
         for (int i = thread; i < cut.tile * rank_stride(rank); i += blockDim.x) weight_grads[i] = 0.f;
+        clear_low(page.low, rank);
     }
 
     const Walk walk(s, place.image, direction);
@@ -210,7 +210,9 @@ __global__ void __launch_bounds__(256) backward_kernel(const __grid_constant__ B
         const int count = static_cast<int>(min(static_cast<int64_t>(kPageSteps), end - at));
         const int spans = (count + kSpan - 1) / kSpan;
         __syncthreads();
-        stage_page<T, Group>(page, s, walk, place.image, direction, first_state, at, count);
+        stage_positions(page, walk, at, count);
+        __syncthreads();
+        stage_rows<T, Group>(page, s, place.image, direction, first_state);
         __syncthreads();
         expand_steps<T, L::kWidth>(delta, stride, page, weights, s, place.image, direction, first_channel,
                                    warp * L::kWidth, count);
@@ -266,42 +268,59 @@ __global__ void __launch_bounds__(256) backward_kernel(const __grid_constant__ B
             continue;
         }
 
-        // Forwards: the state before each span.
-        float h[kStates];
-        const float* checkpoint = args.checkpoints +
-                                  (((place.image * s.directions + direction) * args.pages + at / kPageSteps) *
-                                       s.channels + channel) * s.states + lane_state;
+        const auto checkpoint = [&](int t) {
+            return args.checkpoints + (((place.image * s.directions + direction) * args.checkpoint_count +
+                                        (at + t) / kInterval) * s.channels + channel) * s.states +
+                   lane_state;
+        };
+        float u[kOwn], dy[kOwn], h[kStates];
+        read_u(u, (spans - 1) * kSpan);
+        read_grad(dy, (spans - 1) * kSpan);
+        if constexpr (Group != 1) {
+            // Forwards from the page's checkpoint: the state before each span.
 #pragma unroll
-        for (int n = 0; n < kStates; ++n) h[n] = active && lane_state + n < s.states ? checkpoint[n] : 0.f;
-        for (int span = 0; span < spans; ++span) {
-            const int t = span * kSpan;
+            for (int n = 0; n < kStates; ++n) h[n] = active && lane_state + n < s.states ? checkpoint(0)[n] : 0.f;
+            float ahead_u[kOwn];
+            read_u(ahead_u, 0);
+            for (int span = 0; span < spans; ++span) {
+                const int t = span * kSpan;
 #pragma unroll
-            for (int n = 0; n < kStates; ++n) kept_states[(span * kStates + n) * blockDim.x + thread] = h[n];
-            if (span == spans - 1) break;
-            float u[kOwn];
-            read_u(u, t);
+                for (int n = 0; n < kStates; ++n) kept_states[(span * kStates + n) * blockDim.x + thread] = h[n];
+                if (span == spans - 1) break;
+                float span_u[kOwn];
 #pragma unroll
-            for (int j = 0; j < kSpan; ++j) {
-                const float step = delta[(t + j) * stride + column];
-                const float gain = step * kLn2 * of_step<Group>(u, j);
-                const float drop = walk.reset ? page.drop[t + j] : 0.f;
-                float B[kStates];
-                load_floats(B, page.gains + (t + j) * 2 * Group + part * kStates);
+                for (int j = 0; j < kOwn; ++j) span_u[j] = ahead_u[j];
+                read_u(ahead_u, t + kSpan);
 #pragma unroll
-                for (int n = 0; n < kStates; ++n)
-                    h[n] = fmaf(exp2_fast(fmaf(step, A[n], drop)), h[n], gain * B[n]);
+                for (int j = 0; j < kSpan; ++j) {
+                    const float step = delta[(t + j) * stride + column];
+                    const float gain = step * kLn2 * of_step<Group>(span_u, j);
+                    const float drop = walk.reset ? page.drop[t + j] : 0.f;
+                    float B[kStates];
+                    load_floats(B, page.gains + (t + j) * 2 * Group + part * kStates);
+#pragma unroll
+                    for (int n = 0; n < kStates; ++n)
+                        h[n] = fmaf(exp2_fast(fmaf(step, A[n], drop)), h[n], gain * B[n]);
+                }
             }
+        } else {
+            h[0] = active ? checkpoint((spans - 1) * kSpan)[0] : 0.f;
         }
 
         // Backwards, a span at a time.
         for (int span = spans - 1; span >= 0; --span) {
             const int t = span * kSpan;
-            float u[kOwn], dy[kOwn];
-            read_u(u, t);
-            read_grad(dy, t);
+            float next_u[kOwn], next_dy[kOwn], next_h = 0.f;
+            if (span > 0) {
+                read_u(next_u, t - kSpan);
+                read_grad(next_dy, t - kSpan);
+                if constexpr (Group == 1) next_h = active ? checkpoint(t - kSpan)[0] : 0.f;
+            }
             float decay[kSpan][kStates], before[kSpan][kStates];  // and the state before each step
+            if constexpr (Group != 1) {
 #pragma unroll
-            for (int n = 0; n < kStates; ++n) h[n] = kept_states[(span * kStates + n) * blockDim.x + thread];
+                for (int n = 0; n < kStates; ++n) h[n] = kept_states[(span * kStates + n) * blockDim.x + thread];
+            }
 #pragma unroll
             for (int j = 0; j < kSpan; ++j) {
                 const float step = delta[(t + j) * stride + column];
@@ -381,9 +400,9 @@ __global__ void __launch_bounds__(256) backward_kernel(const __grid_constant__ B
             __syncwarp();
 
             if constexpr (Group == 1) {
-                float total = scatter_sum<2 * kSpan, 16>(narrow_sums);
-                total += __shfl_xor_sync(kFullWarp, total, 1);
-                if (lane % 2 == 0) sums[((t + lane / 2 % kSpan) * warps + warp) * 2 + lane / 16] = total;
+                // Lane bits from 16 down spell dB or dC, then the step.
+                const float total = scatter_sum<2 * kSpan, 16>(narrow_sums);
+                sums[((t + lane % kSpan) * warps + warp) * 2 + lane / kSpan] = total;
             } else {
                 // Two buffers: the next span fills the other one while this one is added up.
                 __syncthreads();
@@ -396,6 +415,9 @@ __global__ void __launch_bounds__(256) backward_kernel(const __grid_constant__ B
                     if (t + j < count) rows[j * features + f] = total;
                 }
             }
+#pragma unroll
+            for (int j = 0; j < kOwn; ++j) u[j] = next_u[j], dy[j] = next_dy[j];
+            if constexpr (Group == 1) h[0] = next_h;
         }
 
         __syncthreads();

@@ -40,6 +40,10 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
     return __float2half_rn(x);
 }
 
+__device__ __forceinline__ uint32_t divide(uint32_t x, const Divisor& divisor) {
+    return (__umulhi(x, divisor.multiplier) + static_cast<uint64_t>(x)) >> divisor.shift;
+}
+
 // A load or store whose element type is known at run time only; the branch is the same for a whole grid.
 __device__ __forceinline__ float load_as(const void* data, int64_t index, Scalar type) {
     if (type == Scalar::f32) return static_cast<const float*>(data)[index];
@@ -119,13 +123,14 @@ __device__ __forceinline__ void mma_tf32(float (&acc)[4], const uint32_t (&a)[4]
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-template <bool Exact>
+// Rounded operands are in tf32 already: 16-bit numbers, and weights that were rounded when they were staged.
+template <bool Exact, bool RoundedA, bool RoundedB>
 __device__ __forceinline__ void mma(float (&acc)[4], const float (&a)[4], const float (&b)[2]) {
     uint32_t a_high[4], b_high[2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a_high[i] = to_tf32(a[i]);
+    for (int i = 0; i < 4; ++i) a_high[i] = RoundedA ? __float_as_uint(a[i]) : to_tf32(a[i]);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) b_high[i] = to_tf32(b[i]);
+    for (int i = 0; i < 2; ++i) b_high[i] = RoundedB ? __float_as_uint(b[i]) : to_tf32(b[i]);
     if constexpr (Exact) {
         uint32_t a_low[4], b_low[2];
 #pragma unroll
@@ -207,38 +212,53 @@ struct PageStore {
     float* gains;
 };
 
-// Fills a page by the whole block; zero where nothing is read and behind the last step.
-template <typename T, int Group>
-__device__ void stage_page(const PageStore& page, const Scan& s, const Walk& walk, int64_t image, int direction,
-                           int first_state, int64_t begin, int count) {
-    const int thread = threadIdx.x;
-    for (int t = thread; t < kPageSteps; t += blockDim.x) {
+// Reads the tables of a page, by the whole block.
+__device__ inline void stage_positions(const PageStore& page, const Walk& walk, int64_t begin, int count) {
+    for (int t = threadIdx.x; t < kPageSteps; t += blockDim.x) {
         page.at[t] = t < count ? position(walk.route, begin + t, walk.length) : -1;
         page.row_at[t] = t < count ? position(walk.param_route, begin + t, walk.length) : -1;
         page.drop[t] = walk.reset && t < count && walk.reset[begin + t] ? -INFINITY : 0.f;
     }
-    const int rank = static_cast<int>(s.rank), stride = rank_stride(rank), columns = rank_columns(rank);
+}
+
+// Reads the rows of a page whose positions are staged: low-rank steps, B and C as floats, zero where nothing is read.
+// C is also zero where the result is not written, which makes that result zero. Columns of `low` behind the rank are
+// cleared once, by clear_low.
+template <typename T, int Group>
+__device__ void stage_rows(const PageStore& page, const Scan& s, int64_t image, int direction, int first_state) {
+    constexpr int kLanes = Group == 1 ? 8 : 16;  // threads along a row
+    constexpr int kBatch = 8;                    // rows whose loads are in flight together
+    const int rank = static_cast<int>(s.rank), features = rank + 2 * Group;
     const int states = min(Group, static_cast<int>(s.states) - first_state);
-    const RowReader<T> dt(s.dt, image, direction), b(s.B, image, direction);
-    constexpr int kLanes = 8;  // threads along a row
-    for (int t = thread / kLanes; t < kPageSteps; t += blockDim.x / kLanes) {
-        const int p = t < count ? position(walk.param_route, begin + t, walk.length) : -1;
-        const int lane = thread % kLanes;
-        if (rank) {
-            for (int f = lane; f < columns; f += kLanes)
-                page.low[t * stride + f] = p >= 0 && f < rank ? to_float(dt.at(p)[f]) : 0.f;
-        }
-        float* gains = page.gains + t * 2 * Group;
-        for (int n = lane; n < Group; n += kLanes)
-            gains[n] = p >= 0 && n < states ? to_float(b.at(p)[first_state + n]) : 0.f;
-        if (s.C.data) {
-            const RowReader<T> c(s.C, image, direction);
-            for (int n = lane; n < Group; n += kLanes)
-                gains[Group + n] = p >= 0 && n < states ? to_float(c.at(p)[first_state + n]) : 0.f;
-        } else {
-            for (int n = lane; n < Group; n += kLanes) gains[Group + n] = 0.f;
+    const int rows = blockDim.x / kLanes, first_row = threadIdx.x / kLanes;
+    for (int f = threadIdx.x % kLanes; f < features; f += kLanes) {
+        const bool of_dt = f < rank, of_c = f >= rank + Group;
+        const int state = f - rank - (of_c ? Group : 0);
+        const Rows& source = of_dt ? s.dt : of_c ? s.C : s.B;
+        const bool there = of_dt || (state < states && source.data);
+        const T* data = static_cast<const T*>(source.data) + image * source.image_stride +
+                        direction * source.direction_stride + (of_dt ? f : first_state + state);
+        float* to = of_dt ? page.low + f : page.gains + (of_c ? Group : 0) + state;
+        const int to_stride = of_dt ? rank_stride(rank) : 2 * Group;
+        for (int t = first_row; t < kPageSteps; t += rows * kBatch) {
+            T value[kBatch];
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+                const int row = t + i * rows;
+                bool read = row < kPageSteps && there;
+                const int p = read ? page.row_at[row] : -1;
+                read = p >= 0 && (!of_c || page.at[row] >= 0);
+                value[i] = read ? data[p * source.position_stride] : from_float<T>(0.f);
+            }
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i)
+                if (t + i * rows < kPageSteps) to[(t + i * rows) * to_stride] = to_float(value[i]);
         }
     }
+}
+
+__device__ inline void clear_low(float* low, int rank) {
+    for (int i = threadIdx.x; i < kPageSteps * rank_stride(rank); i += blockDim.x) low[i] = 0.f;
 }
 
 // Consecutive floats of shared memory, four at a time where their number allows (their start is then aligned).
@@ -256,14 +276,16 @@ __device__ __forceinline__ void load_floats(float (&x)[Count], const float* from
     }
 }
 
-// The weights that expand low-rank steps, (tile, rank_stride), zero outside; once per block.
+// The weights that expand low-rank steps, (tile, rank_stride), zero outside; once per block. Rounded to tf32 unless Exact.
+template <bool Exact>
 __device__ inline void stage_weights(float* weights, const Scan& s, int direction, int first_channel, int tile) {
     const int rank = static_cast<int>(s.rank), stride = rank_stride(rank);
     const float* source = s.dt_weight.data + direction * s.dt_weight.direction_stride;
     for (int i = threadIdx.x; i < tile * stride; i += blockDim.x) {
         const int c = i / stride, r = i % stride;
         const bool there = r < rank && first_channel + c < s.channels;
-        weights[i] = there ? source[static_cast<int64_t>(first_channel + c) * rank + r] : 0.f;
+        const float weight = there ? source[static_cast<int64_t>(first_channel + c) * rank + r] : 0.f;
+        weights[i] = Exact ? weight : __uint_as_float(to_tf32(weight));
     }
 }
 
@@ -296,7 +318,7 @@ __device__ void expand_steps(float* delta, int stride, const PageStore& page, co
             for (int n = 0; n < Width / 8; ++n) {
                 const float* weight = weights + (warp_channel + n * 8 + g) * row_stride + r + q;
                 const float b[2] = {weight[0], weight[4]};
-                mma<kExact>(acc[n], a, b);
+                mma<kExact, !kExact, !kExact>(acc[n], a, b);
             }
         }
 #pragma unroll

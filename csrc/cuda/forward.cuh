@@ -38,7 +38,7 @@ __device__ __forceinline__ void read_ahead(float (&u)[kAhead], const int* at, co
 }
 
 // Pass::summary: the chunk's end state from zero, and its decay. Pass::output: from the carried state to the results.
-template <typename T, int Group, typename Out, Pass pass>
+template <typename T, int Group, typename Out, Pass pass, bool OfStates>
 __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ ForwardArgs args) {
     const Scan& s = args.scan;
     const Cut& cut = args.cut;
@@ -58,9 +58,10 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
     float* weights = shared + layout.weights;
     float* delta = shared + layout.delta;
     const int stride = delta_stride(cut.tile);
-    if (s.rank) stage_weights(weights, s, direction, first_channel, cut.tile);
+    if (s.rank) stage_weights<std::is_same_v<T, float>>(weights, s, direction, first_channel, cut.tile);
 
     constexpr bool kExact = std::is_same_v<T, float>;
+    constexpr int64_t kInterval = checkpoint_interval(Group);  // between checkpoints
     const Walk walk(s, place.image, direction);
     const RowReader<T> u_rows(s.u, place.image, direction);
     const T* u_column = u_rows.data + channel;
@@ -75,40 +76,46 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
     }
     const float bias =
         s.dt_bias.data && active ? s.dt_bias.data[direction * s.dt_bias.direction_stride + channel] * kLog2e : 0.f;
-    const float skip = s.D.data && active && first_state == 0 && s.result != Result::states
+    const float skip = s.D.data && active && first_state == 0 && !OfStates
                            ? s.D.data[direction * s.D.direction_stride + channel]
                            : 0.f;
     float elapsed = 0.f, dropped = 0.f;
 
     Out* out = static_cast<Out*>(args.out) + row * s.steps * s.channels + channel;
+    if (s.rank) clear_low(page.low, static_cast<int>(s.rank));
     const int64_t begin = place.chunk * cut.chunk_steps;
     const int64_t end = min(begin + cut.chunk_steps, s.steps);
     for (int64_t at = begin; at < end; at += kPageSteps) {
         const int count = static_cast<int>(min(static_cast<int64_t>(kPageSteps), end - at));
         __syncthreads();
-        stage_page<T, Group>(page, s, walk, place.image, direction, first_state, at, count);
+        stage_positions(page, walk, at, count);
         __syncthreads();
+        stage_rows<T, Group>(page, s, place.image, direction, first_state);
         float u[kAhead];
         read_ahead(u, page.at, u_column, u_rows.stride, active);
+        __syncthreads();
         expand_steps<T, 32>(delta, stride, page, weights, s, place.image, direction, first_channel, warp_channel,
                             count);
         __syncwarp();
-        if (pass == Pass::output && args.checkpoints && active) {
-            float* kept = args.checkpoints +
-                          (((place.image * s.directions + direction) * args.pages + at / kPageSteps) * s.channels +
-                           channel) * s.states + first_state;
-#pragma unroll
-            for (int n = 0; n < Group; ++n)
-                if (n < states_here) kept[n] = h[n];
-        }
-        for (int t = 0; t < count; t += kAhead) {
+
+        // One span of eight steps; a whole one needs no look at the end of the chunk.
+        const auto run = [&](int t, auto whole) {
+            constexpr bool kWhole = decltype(whole)::value;
             float next_u[kAhead];
             if (t + kAhead < count) read_ahead(next_u, page.at + t + kAhead, u_column, u_rows.stride, active);
+            if (pass == Pass::output && args.checkpoints && active && t % kInterval == 0) {
+                float* kept = args.checkpoints +
+                              (((place.image * s.directions + direction) * args.checkpoint_count +
+                                (at + t) / kInterval) * s.channels + channel) * s.states + first_state;
+#pragma unroll
+                for (int n = 0; n < Group; ++n)
+                    if (n < states_here) kept[n] = h[n];
+            }
 #pragma unroll
             for (int j = 0; j < kAhead; ++j) {
+                if (!kWhole && t + j >= count) break;
                 const float raw = delta[(t + j) * stride + thread];
-                // Behind the last step: no time passes, so nothing changes.
-                const float step = t + j < count ? step_log2<kExact>(raw, bias, s.dt_softplus) : 0.f;
+                const float step = step_log2<kExact>(raw, bias, s.dt_softplus);
                 const float gain = step * kLn2 * u[j];
                 const float drop = walk.reset ? page.drop[t + j] : 0.f;
                 float B[Group], C[Group];
@@ -123,26 +130,26 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
                 for (int n = 0; n < Group; ++n) {
                     const float decay = exp2_fast(fmaf(step, A[n], drop));
                     h[n] = fmaf(decay, h[n], gain * B[n]);
-                    if constexpr (pass == Pass::output) y = fmaf(C[n], h[n], y);
+                    if constexpr (pass == Pass::output && !OfStates) y = fmaf(C[n], h[n], y);
                 }
-                if constexpr (pass == Pass::output) {
-                    if (t + j < count && active) {
-                        if (s.result == Result::states) {
-                            const int64_t to = (((place.image * s.directions + direction) * s.steps + at + t + j) *
-                                                    s.channels + channel) * s.states + first_state;
-                            Out* states = static_cast<Out*>(args.out) + to;
+                if constexpr (pass == Pass::output && OfStates) {
+                    const int64_t to = (((place.image * s.directions + direction) * s.steps + at + t + j) *
+                                            s.channels + channel) * s.states + first_state;
+                    Out* states = static_cast<Out*>(args.out) + to;
 #pragma unroll
-                            for (int n = 0; n < Group; ++n)
-                                if (n < states_here) states[n] = from_float<Out>(h[n]);
-                        } else {
-                            out[(at + t + j) * s.channels] = from_float<Out>(page.at[t + j] >= 0 ? y : 0.f);
-                        }
-                    }
+                    for (int n = 0; n < Group; ++n)
+                        if (active && n < states_here) states[n] = from_float<Out>(h[n]);
+                }
+                if constexpr (pass == Pass::output && !OfStates) {
+                    if (active) out[(at + t + j) * s.channels] = from_float<Out>(y);
                 }
             }
 #pragma unroll
             for (int j = 0; j < kAhead; ++j) u[j] = next_u[j];
-        }
+        };
+        int t = 0;
+        for (; t + kAhead <= count; t += kAhead) run(t, std::true_type{});
+        if (t < count) run(t, std::false_type{});
     }
     if (pass == Pass::summary && active) {
 #pragma unroll
@@ -153,12 +160,19 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
     }
 }
 
-template <typename T, int Group, typename Out, Pass pass>
+template <typename T, int Group, typename Out, Pass pass, bool OfStates = false>
 void launch_forward_kernel(const ForwardArgs& args, cudaStream_t stream) {
     const Cut& cut = args.cut;
     const int64_t blocks = args.scan.batch * args.scan.directions * cut.groups * cut.tiles * cut.chunks;
     const int64_t bytes = ForwardShared(static_cast<int>(args.scan.rank), Group, cut.tile).bytes;
-    launch(forward_kernel<T, Group, Out, pass>, blocks, cut.tile, bytes, stream, args);
+    launch(forward_kernel<T, Group, Out, pass, OfStates>, blocks, cut.tile, bytes, stream, args);
+}
+
+template <typename T, int Group, typename Out>
+void output_pass(const ForwardArgs& args, cudaStream_t stream) {
+    if (args.scan.result == Result::states)
+        return launch_forward_kernel<T, Group, Out, Pass::output, true>(args, stream);
+    launch_forward_kernel<T, Group, Out, Pass::output>(args, stream);
 }
 
 // One compilation unit per input dtype instantiates this.
@@ -170,11 +184,11 @@ void forward_pass(const ForwardArgs& args, Pass pass, bool float_out, cudaStream
         return launch_forward_kernel<T, kWideGroup, float, Pass::summary>(args, stream);
     }
     if (float_out || std::is_same_v<T, float>) {
-        if (narrow) return launch_forward_kernel<T, 1, float, Pass::output>(args, stream);
-        return launch_forward_kernel<T, kWideGroup, float, Pass::output>(args, stream);
+        if (narrow) return output_pass<T, 1, float>(args, stream);
+        return output_pass<T, kWideGroup, float>(args, stream);
     }
-    if (narrow) return launch_forward_kernel<T, 1, T, Pass::output>(args, stream);
-    return launch_forward_kernel<T, kWideGroup, T, Pass::output>(args, stream);
+    if (narrow) return output_pass<T, 1, T>(args, stream);
+    output_pass<T, kWideGroup, T>(args, stream);
 }
 
 }  // namespace vmamba::cuda

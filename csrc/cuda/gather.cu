@@ -64,35 +64,57 @@ __global__ void order_visits(const ListArgs args) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <typename T, int Width>
-struct alignas(sizeof(T) * Width) Pack {
+struct alignas(sizeof(T) * Width < 16 ? sizeof(T) * Width : 16) Pack {
     T value[Width];
 };
 
-// One thread: `Width` features of one position of one output.
+// One thread: `Width` features of one position of one output. Blocks do not straddle outputs.
 template <typename Source, typename Target, int Width>
 __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherArgs args) {
-    const uint32_t packs = static_cast<uint32_t>(args.features / Width);
-    const int64_t i = global_thread();
-    const int64_t cell = i / packs;
-    const int feature = static_cast<int>(i - cell * packs) * Width;
-    const int64_t outer = cell / args.length, l = cell - outer * args.length;
-    const int64_t image = outer / args.outputs, output = outer - image * args.outputs;
-    if (image >= args.batch) return;
-    const int first = args.outputs == 1 ? 0 : static_cast<int>(output);
+    constexpr int kTogether = 4;  // directions whose loads are in flight together
+    const uint32_t blocks_each =
+        static_cast<uint32_t>((args.length * args.packs.by + kThreads - 1) / kThreads);
+    const uint32_t outer = blockIdx.x / blocks_each;
+    const uint32_t i = (blockIdx.x - outer * blocks_each) * kThreads + threadIdx.x;
+    const uint32_t l = divide(i, args.packs);
+    if (l >= args.length) return;
+    const int feature = static_cast<int>(i - l * args.packs.by) * Width;
+    const int64_t image = outer / args.outputs;
+    const int output = static_cast<int>(outer - image * args.outputs);
+    const int first = args.outputs == 1 ? 0 : output;
     const int end = args.outputs == 1 ? args.directions : first + 1;
     float total[Width] = {};
-    for (int k = first; k < end; ++k) {
-        const int64_t table = args.visits.per_image ? image * args.directions + k : k;
-        const int32_t* previous = args.visits.previous + table * args.steps;
-        for (int t = args.visits.last[table * args.length + l]; t >= 0; t = previous[t]) {
-            for (int g = 0; g < args.groups; ++g) {
-                const int64_t row = (image * args.directions + k) * args.groups + g;
-                const Source* source = static_cast<const Source*>(args.source) +
-                                       (row * args.steps + t) * args.features + feature;
-                const auto pack = *reinterpret_cast<const Pack<Source, Width>*>(source);
+    const auto add = [&](int k, int t) {
+        for (int g = 0; g < args.groups; ++g) {
+            const int64_t row = (image * args.directions + k) * args.groups + g;
+            const Source* source =
+                static_cast<const Source*>(args.source) + (row * args.steps + t) * args.features + feature;
+            const auto pack = *reinterpret_cast<const Pack<Source, Width>*>(source);
 #pragma unroll
-                for (int f = 0; f < Width; ++f) total[f] += to_float(pack.value[f]);
-            }
+            for (int f = 0; f < Width; ++f) total[f] += to_float(pack.value[f]);
+        }
+    };
+    for (int k = first; k < end; k += kTogether) {
+        // Nearly always one visit per direction: their loads are issued together, further visits follow.
+        int visit[kTogether];
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+            const int64_t table = args.visits.per_image ? image * args.directions + k + j : k + j;
+            visit[j] = k + j < end ? args.visits.last[table * args.length + l] : -1;
+        }
+        int earlier[kTogether];
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+            const int64_t table = args.visits.per_image ? image * args.directions + k + j : k + j;
+            earlier[j] = visit[j] >= 0 ? args.visits.previous[table * args.steps + visit[j]] : -1;
+        }
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j)
+            if (visit[j] >= 0) add(k + j, visit[j]);
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+            const int64_t table = args.visits.per_image ? image * args.directions + k + j : k + j;
+            for (int t = earlier[j]; t >= 0; t = args.visits.previous[table * args.steps + t]) add(k + j, t);
         }
     }
     Pack<Target, Width> result;
@@ -104,14 +126,15 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
 }
 
 template <typename Source, typename Target>
-void gather_as(const GatherArgs& args, cudaStream_t stream) {
-    const int64_t cells = args.batch * args.outputs * args.length;
-    const bool wide = args.features % 4 == 0 && args.image_stride % 4 == 0 && args.output_stride % 4 == 0 &&
-                      args.position_stride % 4 == 0;
+void gather_as(GatherArgs args, cudaStream_t stream) {
+    const bool wide = args.features % 8 == 0 && args.image_stride % 8 == 0 && args.output_stride % 8 == 0 &&
+                      args.position_stride % 8 == 0;
+    args.packs = Divisor(static_cast<uint32_t>(wide ? args.features / 8 : args.features));
+    const int64_t blocks = args.batch * args.outputs * blocks_for(args.length * args.packs.by);
     if (wide) {
-        launch(gather_kernel<Source, Target, 4>, blocks_for(cells * (args.features / 4)), kThreads, 0, stream, args);
+        launch(gather_kernel<Source, Target, 8>, blocks, kThreads, 0, stream, args);
     } else {
-        launch(gather_kernel<Source, Target, 1>, blocks_for(cells * args.features), kThreads, 0, stream, args);
+        launch(gather_kernel<Source, Target, 1>, blocks, kThreads, 0, stream, args);
     }
 }
 
@@ -146,6 +169,7 @@ struct RowGatherArgs {
     Visits visits;
     Gradients gradients;
     int dt_outputs, b_outputs, c_outputs;  // K, or 1 where the directions share a tensor
+    Divisor kinds, directions;
 };
 
 // One thread: one feature of one position of one direction. Features: R of the low-rank steps, then N of B, then N of C.
@@ -153,13 +177,15 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(const __grid_cons
     const Scan& s = args.backward.scan;
     const Cut& cut = args.backward.cut;
     const int rank = static_cast<int>(s.rank), states = static_cast<int>(s.states), kinds = rank + 2 * states;
-    const int64_t i = global_thread();
-    const int64_t cell = i / kinds;
-    int f = static_cast<int>(i - cell * kinds);
-    const int64_t outer = cell / s.directions;
-    const int k_out = static_cast<int>(cell - outer * s.directions);
-    const int64_t image = outer / s.length, l = outer - image * s.length;
-    if (image >= s.batch) return;
+    const uint32_t per_image = static_cast<uint32_t>(s.length * s.directions * kinds);
+    const uint32_t blocks_each = (per_image + kThreads - 1) / kThreads;
+    const int64_t image = blockIdx.x / blocks_each;
+    const uint32_t i = (blockIdx.x - static_cast<uint32_t>(image) * blocks_each) * kThreads + threadIdx.x;
+    if (i >= per_image) return;
+    const uint32_t cell = divide(i, args.kinds);
+    int f = static_cast<int>(i - cell * args.kinds.by);
+    const int64_t l = divide(cell, args.directions);
+    const int k_out = static_cast<int>(cell - static_cast<uint32_t>(l) * args.directions.by);
 
     void* target;
     int outputs, size, first_group = 0, end_group = cut.groups, source_feature = f;
@@ -312,14 +338,15 @@ RowGatherArgs with_outputs(const BackwardArgs& args, const Visits& visits, const
     const auto outputs = [&](const Rows& rows) {
         return rows.direction_stride == 0 ? 1 : static_cast<int>(args.scan.directions);
     };
-    return {args, visits, gradients, outputs(args.scan.dt), outputs(args.scan.B), outputs(args.scan.C)};
+    return {args, visits, gradients, outputs(args.scan.dt), outputs(args.scan.B), outputs(args.scan.C), Divisor(static_cast<uint32_t>(args.scan.rank + 2 * args.scan.states)),
+            Divisor(static_cast<uint32_t>(args.scan.directions))};
 }
 }  // namespace
 
 void gather_rows(const BackwardArgs& args, const Visits& visits, const Gradients& gradients, cudaStream_t stream) {
     const Scan& s = args.scan;
-    const int64_t threads = s.batch * s.length * s.directions * (s.rank + 2 * s.states);
-    launch(gather_rows_kernel, blocks_for(threads), kThreads, 0, stream, with_outputs(args, visits, gradients));
+    const int64_t blocks = s.batch * blocks_for(s.length * s.directions * (s.rank + 2 * s.states));
+    launch(gather_rows_kernel, blocks, kThreads, 0, stream, with_outputs(args, visits, gradients));
 }
 
 void reduce_params(const BackwardArgs& args, const Gradients& gradients, cudaStream_t stream) {

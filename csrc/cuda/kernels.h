@@ -18,9 +18,9 @@ void check(cudaError_t status);
 struct ForwardArgs {
     Scan scan;
     Cut cut;
-    int64_t pages = 0;            // ceil(T / 64)
+    int64_t checkpoint_count = 0; // checkpoints of one (image, direction)
     void* out = nullptr;          // (batch, slice, T, D); the states themselves for Result::states
-    float* checkpoints = nullptr; // state before every page, or null
+    float* checkpoints = nullptr; // or null
     const float* carry = nullptr; // state before every chunk (batch, slice, chunk, D, group), or null for zero
     float* carry_out = nullptr;   // summary: end state of every chunk from zero
     float* decay = nullptr;       // summary: how much of a state survives every chunk
@@ -29,7 +29,7 @@ struct ForwardArgs {
 struct BackwardArgs {
     Scan scan;
     Cut cut;
-    int64_t pages = 0;
+    int64_t checkpoint_count = 0;
     const void* grad = nullptr;
     Scalar grad_dtype = Scalar::f32;
     const float* checkpoints = nullptr;
@@ -76,6 +76,7 @@ struct GatherArgs {
     Scalar target_dtype = Scalar::f32;
     int64_t image_stride = 0, output_stride = 0, position_stride = 0;  // of target
     int64_t batch = 0, length = 0, steps = 0, features = 0;
+    Divisor packs;  // of features; set by gather
     int directions = 0, groups = 1;
     int outputs = 1;  // 1: all directions add up; K: each has its own
 };

@@ -2,8 +2,7 @@
 // sizes alone, never from values, so that the choice costs no synchronisation and can be captured.
 //
 // Vocabulary. A *slice* is one direction with one group of states (all of them up to 16; larger N gives several groups,
-// whose outputs add up). A *page* is 64 steps: what a block stages in shared memory at a time, and the checkpoint
-// interval. A *chunk* is a run of pages that one block walks; with several chunks a summary pass and a fold come first.
+// whose outputs add up). A *page* is 64 steps: what a block stages in shared memory at a time. A *chunk* is a run of pages that one block walks; with several chunks a summary pass and a fold come first.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +13,10 @@
 namespace vmamba::cuda {
 
 constexpr int kPageSteps = 64;
+
+// The backward restarts from checkpoints. With one state they are cheap: one for every span of steps it holds in
+// registers. With more states it recomputes a page from one checkpoint.
+constexpr int64_t checkpoint_interval(int64_t states) { return states == 1 ? 16 : kPageSteps; }
 constexpr int kWideGroup = 16;  // states in a group, where there is more than one state
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -26,7 +29,6 @@ struct Cut {
     int tiles = 1;         // blocks over the channels
     int64_t chunks = 1;    // blocks over the steps
     int64_t chunk_steps = kPageSteps;
-    int64_t slices() const { return groups; }
 };
 
 // Splits D channels into equal tiles of a multiple of 32, none larger than `most`.
@@ -57,6 +59,17 @@ inline Cut forward_cut(const Scan& scan) { return cut(scan, 128, 1, 132 * 20); }
 inline Cut backward_cut(const Scan& scan) {
     return scan.states == 1 ? cut(scan, 192, 1, 132 * 16) : cut(scan, 64, 4, 132 * 16);
 }
+
+// Division of 32-bit numbers by a divisor known when a kernel is launched.
+struct Divisor {
+    uint32_t by = 1, multiplier = 0, shift = 0;
+
+    Divisor() = default;
+    explicit Divisor(uint32_t divisor) : by(divisor) {
+        while ((uint64_t{1} << shift) < divisor) ++shift;
+        multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor)) / divisor + 1);
+    }
+};
 
 // Hands out 256-byte aligned pieces of the workspace; with a null base it only measures.
 class Arena {

@@ -24,7 +24,7 @@ cudaStream_t current_stream(int device) {
     return static_cast<cudaStream_t>(stream);
 }
 
-int64_t pages_of(const Scan& scan) { return ceil_div(scan.steps, kPageSteps); }
+int64_t checkpoints_of(const Scan& scan) { return ceil_div(scan.steps, checkpoint_interval(scan.states)); }
 int64_t rows_of(const Scan& scan, const Cut& cut) { return scan.batch * scan.directions * cut.groups; }
 int64_t carry_size(const Scan& scan, const Cut& cut) {
     return cut.chunks > 1 ? rows_of(scan, cut) * cut.chunks * scan.channels * cut.group : 0;
@@ -47,9 +47,9 @@ Scalar partial_dtype(const Scan& scan, const Cut& cut) {
 void check_supported(const Scan& scan) {
     STD_TORCH_CHECK(scan.length < std::numeric_limits<int32_t>::max() && scan.steps < std::numeric_limits<int32_t>::max(),
                     "selective_scan on CUDA takes maps and routes of less than 2^31 entries");
-    STD_TORCH_CHECK(scan.checkpoint_steps == 0 || scan.checkpoint_steps == kPageSteps,
-                    "selective_scan on CUDA keeps a checkpoint every ", kPageSteps, " steps, not every ",
-                    scan.checkpoint_steps);
+    STD_TORCH_CHECK(scan.checkpoint_steps == 0 || scan.checkpoint_steps == checkpoint_interval(scan.states),
+                    "selective_scan on CUDA keeps a checkpoint every ", checkpoint_interval(scan.states),
+                    " steps, not every ", scan.checkpoint_steps);
     STD_TORCH_CHECK(scan.rank <= 128, "selective_scan on CUDA takes a dt rank up to 128, got ", scan.rank);
 }
 
@@ -154,7 +154,7 @@ void forward(const Scan& scan, void* out, Scalar out_dtype, float* checkpoints, 
     ForwardArgs args;
     args.scan = scan;
     args.cut = cut;
-    args.pages = pages_of(scan);
+    args.checkpoint_count = checkpoints_of(scan);
     args.out = separate ? memory.partial : out;
     args.checkpoints = scan.checkpoint_steps ? checkpoints : nullptr;
     if (cut.chunks > 1) {
@@ -187,7 +187,7 @@ void backward(const Scan& scan, const void* grad, Scalar grad_dtype, const float
     BackwardArgs args;
     args.scan = scan;
     args.cut = cut;
-    args.pages = pages_of(scan);
+    args.checkpoint_count = checkpoints_of(scan);
     args.grad = grad;
     args.grad_dtype = grad_dtype;
     args.checkpoints = checkpoints;

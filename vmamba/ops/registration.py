@@ -10,21 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmamba.ops import extension
+from vmamba.ops import extension, schema
 
-CHECKPOINT_STEPS = 64
-"""The forward keeps the state at every 64th step for the backward, which recomputes the states in between."""
 
-_INPUTS = (
-    "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor? C, Tensor? D, Tensor? dt_weight, Tensor? dt_bias, "
-    "Tensor route, Tensor? param_route, Tensor? reset, bool dt_softplus, str result"
-)
-_FORWARD = f"({_INPUTS}, ScalarType out_dtype, int checkpoint_steps) -> (Tensor, Tensor)"
-_BACKWARD = (
-    f"(Tensor grad, Tensor checkpoints, {_INPUTS}, int checkpoint_steps) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_FORWARD_OPS = ("selective_scan", "selective_scan_forward")
+def checkpoint_steps(device_type: str, states: int) -> int:
+    """The forward keeps the state at every so many steps for the backward, which recomputes the states in between.
+
+    The CUDA kernels (``checkpoint_interval`` in csrc/cuda/plan.h) take a single state every 16 steps.
+    """
+    return 16 if device_type == "cuda" and states == 1 else 64
+
 
 
 def call(
@@ -49,7 +44,8 @@ def call(
     inputs = (u, dt, _float32(A), B, C, _float32(D), _float32(dt_weight), _float32(dt_bias))
     tables = (route, param_route, reset)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return torch.ops.vmamba.selective_scan(*inputs, *tables, dt_softplus, result, out_dtype, CHECKPOINT_STEPS)[0]
+        every = checkpoint_steps(u.device.type, A.shape[-1])
+        return torch.ops.vmamba.selective_scan(*inputs, *tables, dt_softplus, result, out_dtype, every)[0]
     return torch.ops.vmamba.selective_scan_forward(*inputs, *tables, dt_softplus, result, out_dtype, 0)[0]
 
 
@@ -148,15 +144,15 @@ def _register_autocast(op: str) -> None:
 
 
 def _register() -> None:
-    for op in _FORWARD_OPS:
-        _LIBRARY.define(f"{op}{_FORWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+    for op in schema.FORWARD_OPS:
+        _LIBRARY.define(f"{op}{schema.FORWARD}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"vmamba::{op}", _fake_forward, lib=_LIBRARY)
         register_flop_formula(getattr(torch.ops.vmamba, op))(_scan_flops)
         _register_autocast(op)
-    _LIBRARY.define(f"selective_scan_backward{_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(f"selective_scan_backward{schema.BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake("vmamba::selective_scan_backward", _fake_backward, lib=_LIBRARY)
     register_flop_formula(torch.ops.vmamba.selective_scan_backward)(_scan_backward_flops)
-    _LIBRARY.define("cpu_isa() -> str")
+    _LIBRARY.define(f"cpu_isa{schema.CPU_ISA}")
     torch.library.register_autograd("vmamba::selective_scan", _backward, setup_context=_setup_context, lib=_LIBRARY)
     torch.library.register_autograd("vmamba::selective_scan_backward", _no_second_derivative, lib=_LIBRARY)
     extension.load()
