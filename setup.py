@@ -2,20 +2,23 @@
 
 One shared library, ``vmamba/_C.so``, holds the kernels. It has no Python symbols and no torch C++ ones, so one build
 serves every Python >= 3.10 and every torch >= 2.10. CUDA kernels are built where nvcc and a CUDA build of torch are
-present. Environment variables:
+present, and a GPU to run them: for that GPU's architecture. Environment variables change this:
 
+    TORCH_CUDA_ARCH_LIST    build for these architectures, GPU or not, as for any torch extension
+    VMAMBA_FORCE_CUDA=1     build for all architectures in DEFAULT_CUDA_ARCHITECTURES, and fail if that cannot be done
     VMAMBA_NO_CUDA=1        leave the CUDA kernels out
-    VMAMBA_FORCE_CUDA=1     fail rather than leave them out
-    TORCH_CUDA_ARCH_LIST    CUDA architectures, as for any torch extension
     MAX_JOBS                compilers to run at once
 """
 
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import torch
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).resolve().parent
@@ -32,19 +35,20 @@ def sources(*patterns: str) -> list[str]:
 
 def with_cuda() -> bool:
     """Whether to build the CUDA kernels; says aloud why not."""
+    forced = os.environ.get("VMAMBA_FORCE_CUDA") == "1"
     if os.environ.get("VMAMBA_NO_CUDA") == "1":
         missing = "VMAMBA_NO_CUDA=1 is set"
     elif CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
         missing = "nvcc was not found (set CUDA_HOME)"
     elif torch.version.cuda is None:
         missing = "this torch is a CPU build"
-    elif not sources("csrc/cuda/*.cu"):
-        missing = "this source tree has no CUDA kernels"
+    elif not (forced or os.environ.get("TORCH_CUDA_ARCH_LIST") or torch.cuda.is_available()):
+        missing = "there is no GPU here (name architectures in TORCH_CUDA_ARCH_LIST to build for another machine)"
     else:
         return True
-    if os.environ.get("VMAMBA_FORCE_CUDA") == "1":
+    if forced:
         raise SystemExit(f"VMAMBA_FORCE_CUDA=1, but {missing}")
-    print(f"vmamba: building for the CPU only: {missing}")
+    print(f"vmamba: building for the CPU only: {missing}", file=sys.stderr)
     return False
 
 
@@ -53,7 +57,8 @@ def extension() -> Extension:
     cpp = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     if not with_cuda():
         return CppExtension("vmamba._C", cpp, extra_compile_args={"cxx": CXX_FLAGS + STABLE_ABI})
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+    if os.environ.get("VMAMBA_FORCE_CUDA") == "1":
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
     return CUDAExtension(
         "vmamba._C",
         cpp + sources("csrc/cuda/*.cu"),
@@ -76,6 +81,15 @@ class BuildStableExtension(BuildExtension):
         return [library for library in ext.libraries if library in ("torch_cpu", "torch_cuda", "cudart")]
 
 
+class BuildPackage(build_py):
+    """Puts the bundled configurations into the package; a checkout uses them where they lie."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(ROOT / "configs", Path(self.build_lib, "vmamba", "configs"), dirs_exist_ok=True)
+
+
 class StableWheel(bdist_wheel):
     """Tags the wheel for every Python 3 on this platform."""
 
@@ -83,4 +97,7 @@ class StableWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildStableExtension, "bdist_wheel": StableWheel})
+setup(
+    ext_modules=[extension()],
+    cmdclass={"build_ext": BuildStableExtension, "build_py": BuildPackage, "bdist_wheel": StableWheel},
+)

@@ -14,7 +14,7 @@ Routes are made by small functions of (height, width). Register one under a name
 
 from collections.abc import Callable
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 from timm.models import register_notrace_function
@@ -39,7 +39,15 @@ def register_route(name: str) -> Callable[[RouteBuilder], RouteBuilder]:
     def register(builder: RouteBuilder) -> RouteBuilder:
         if name in _BUILDERS:
             raise ValueError(f"route '{name}' is registered already; choose another name")
-        _BUILDERS[name] = builder
+
+        @wraps(builder)
+        def checked(height: int, width: int) -> Tensor:
+            route = builder(height, width)
+            if not _capturing():
+                check_route(route, height * width)
+            return route
+
+        _BUILDERS[name] = checked
         return builder
 
     return register
@@ -50,28 +58,38 @@ def list_routes() -> list[str]:
     return sorted(_BUILDERS)
 
 
+def _capturing() -> bool:
+    """Whether torch.compile or torch.export is tracing: tables are then part of its graph, and hold no values yet."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+@register_notrace_function
+def grid_table(builder: RouteBuilder, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """What ``builder`` makes of the size of a grid, int32 on ``device``: a route, or a table that goes with one.
+
+    Cached per builder, size and device. While a graph is being captured it is computed inside it instead, so that
+    sizes may stay symbolic.
+    """
+    if _capturing():
+        return builder(height, width).to(device=device, dtype=torch.int32)
+    return _cached_table(builder, height, width, torch.device(device))
+
+
+@lru_cache(maxsize=512)
+def _cached_table(builder: RouteBuilder, height: int, width: int, device: torch.device) -> Tensor:
+    # A cached tensor outlives the mode it was made in: one made under inference_mode could never be used in training.
+    with torch.inference_mode(False), torch.device("cpu"):
+        return builder(height, width).to(device=device, dtype=torch.int32).contiguous()
+
+
 @register_notrace_function
 def get_route(name: str, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """The route registered under ``name`` for a grid of height x width: int32 of shape (K, T), on ``device``.
-
-    Routes are cached per size and device. While a graph is being captured (torch.compile, torch.export) they are
-    computed inside it instead, so that sizes may stay symbolic.
+    """The route registered under ``name`` for a grid of height x width: int32 of shape (K, T), a :func:`grid_table`.
 
     Raises:
         ValueError: if no route has that name, or its builder returned something that is no route for this grid.
     """
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return _builder(name)(height, width).to(device=device, dtype=torch.int32)
-    return _cached_route(name, height, width, torch.device(device))
-
-
-@lru_cache(maxsize=512)
-def _cached_route(name: str, height: int, width: int, device: torch.device) -> Tensor:
-    # A cached tensor outlives the mode it was made in: one made under inference_mode could never be used in training.
-    with torch.inference_mode(False), torch.device("cpu"):
-        route = _builder(name)(height, width)
-        check_route(route, height * width)
-        return route.to(device=device, dtype=torch.int32).contiguous()
+    return grid_table(_builder(name), height, width, device)
 
 
 def _builder(name: str) -> RouteBuilder:

@@ -1,0 +1,15 @@
+"""The signatures of the registered operators in PyTorch's schema language; csrc/registration.cpp implements them."""
+
+_INPUTS = (
+    "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor? C, Tensor? D, Tensor? dt_weight, Tensor? dt_bias, "
+    "Tensor route, Tensor? param_route, Tensor? reset, bool dt_softplus, str result"
+)
+FORWARD = f"({_INPUTS}, ScalarType out_dtype, int checkpoint_steps) -> (Tensor, Tensor)"
+BACKWARD = (
+    f"(Tensor grad, Tensor checkpoints, {_INPUTS}, int checkpoint_steps) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+CPU_ISA = "() -> str"
+
+FORWARD_OPS = ("selective_scan", "selective_scan_forward")
+"""Differentiable, and without autograd; the same kernel."""
