@@ -49,7 +49,7 @@ def test_the_wheel_works_where_only_it_is(distributions, tmp_path):
         f"assert vmamba.__file__.startswith({str(tmp_path)!r}), vmamba.__file__\n"
         "assert vmamba.ops.backend_info()['cpu'].backend == 'kernel'\n"
         "assert timm.create_model('test_vmamba', num_classes=3)(torch.randn(1, 3, 64, 64)).shape == (1, 3)\n"
-        "print(load("vmamba_tiny_s1l8").model)"
+        "print(load('vmamba_tiny_s1l8').model)"
     )
     environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -60,7 +60,8 @@ def test_the_wheel_works_where_only_it_is(distributions, tmp_path):
 def test_the_source_distribution_holds_what_a_build_needs(distributions):
     (archive,) = distributions.glob("*.tar.gz")
     names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")}
+    suffixes = (".cpp", ".h", ".cu", ".cuh")
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes}
     assert sources <= names
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
     assert not [name for name in names if name.endswith(".so")]
