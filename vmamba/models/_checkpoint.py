@@ -16,6 +16,9 @@ from vmamba.errors import UserError
 
 StateDict = dict[str, Tensor]
 
+Names = Mapping[str, str | Callable[[re.Match], str]]
+"""Patterns of keys and what replaces them, applied in order."""
+
 _NUMPY = np._core if hasattr(np, "_core") else np.core  # moved in NumPy 2
 
 HARMLESS_TYPES: list[Callable | tuple[Callable, str]] = [
@@ -45,7 +48,7 @@ def unwrap(checkpoint: Any) -> StateDict:
     """The weights inside a checkpoint: under the first of :data:`WRAPPERS` that it has, or the checkpoint itself.
 
     Prefixes of wrapped modules (``module.``, ``_orig_mod.``, several where wrappers were nested) and of detectors
-    (``backbone.``, with everything beside the backbone) are taken off.
+    or classifiers (``backbone.``, with everything but the backbone and a classifier's ``head.``) are taken off.
 
     Raises:
         CheckpointError: if there are no weights.
@@ -61,10 +64,21 @@ def unwrap(checkpoint: Any) -> StateDict:
     state_dict = {
         re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in inner.items() if isinstance(value, Tensor)
     }
-    backbone = {
-        key.removeprefix("backbone."): value for key, value in state_dict.items() if key.startswith("backbone.")
+    if not any(key.startswith("backbone.") for key in state_dict):
+        return state_dict
+    return {
+        key.removeprefix("backbone."): value
+        for key, value in state_dict.items()
+        if key.startswith(("backbone.", "head."))
     }
-    return backbone or state_dict
+
+
+def rename(key: str, *tables: Names) -> str:
+    """The key after the replacements of all tables."""
+    for table in tables:
+        for pattern, name in table.items():
+            key = re.sub(pattern, name, key)
+    return key
 
 
 def check_fit(state_dict: StateDict, model: nn.Module, adapted: frozenset[str] = frozenset()) -> None:

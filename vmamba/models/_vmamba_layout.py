@@ -1,15 +1,12 @@
 """How VMamba's code names and shapes the weights it saves; families built on that code publish them the same way."""
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from vmamba.layers import ConvDownsample, ConvStem, PatchMerging, PatchStem
-
-Names = Mapping[str, str | Callable[[re.Match], str]]
-"""Patterns and what replaces them, applied in order."""
+from vmamba.models._checkpoint import Names, rename  # noqa: F401
 
 JANUARY_2024_NAMES: Names = {
     r"^patch_embed\.proj\.": "patch_embed.0.",
@@ -59,14 +56,6 @@ def layer_names(model: Any) -> Names:
 def is_published(weights: Mapping[str, Tensor]) -> bool:
     """Whether weights are under published names, not under ours."""
     return any(key.startswith(("patch_embed.", "layers.")) for key in weights)
-
-
-def rename(key: str, *tables: Names) -> str:
-    """The key after the replacements of all tables."""
-    for table in tables:
-        for pattern, name in table.items():
-            key = re.sub(pattern, name, key)
-    return key
 
 
 def scan_shape(key: str, value: Tensor) -> Tensor:

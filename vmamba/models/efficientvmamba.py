@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vmamba.layers import ConvStem, GatedSS2D, PatchMerging, PatchStem
 from vmamba.models import _vmamba_layout
 from vmamba.models._builder import build_model
-from vmamba.models._checkpoint import unwrap
+from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
 from vmamba.ops import DECAY_ONLY, register_route
 
@@ -185,7 +185,7 @@ class EfficientVMamba(HierarchicalBackbone):
 # Published checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-_NAMES: _vmamba_layout.Names = {
+_NAMES: Names = {
     # Stages of inverted residuals were published as one sequence: a change of layout, the blocks, the change back, and
     # the downsampling. So blocks count from 1.
     r"^layers\.(\d+)\.\d+\.(reduction|norm)\.": lambda match: f"stages.{int(match[1]) + 1}.downsample.{match[2]}.",
@@ -216,7 +216,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Te
     if not _vmamba_layout.is_published(weights):
         return weights
     tables = _vmamba_layout.JANUARY_2024_NAMES, _vmamba_layout.NAMES, _NAMES, _vmamba_layout.layer_names(model)
-    renamed = {_vmamba_layout.rename(key, *tables): value for key, value in weights.items()}
+    renamed = {rename(key, *tables): value for key, value in weights.items()}
     return {key: _vmamba_layout.scan_shape(key, value) for key, value in renamed.items()}
 
 

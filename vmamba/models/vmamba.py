@@ -17,7 +17,7 @@ from torch import Tensor
 from vmamba.layers import SS2D, ConvDownsample, ConvStem, GatedSS2D, PatchMerging, PatchStem, PreNormBlock
 from vmamba.models import _vmamba_layout
 from vmamba.models._builder import build_model
-from vmamba.models._checkpoint import unwrap
+from vmamba.models._checkpoint import rename, unwrap
 from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
 
 __all__ = ["VMamba"]  # timm adds the entry points
@@ -89,7 +89,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Te
         _vmamba_layout.layer_names(model),
         {r"(\.blocks\.\d+)\.norm\.": r"\1.norm1."},
     )
-    renamed = {_vmamba_layout.rename(key, *tables): value for key, value in weights.items()}
+    renamed = {rename(key, *tables): value for key, value in weights.items()}
     return {key: _own_shape(key, value) for key, value in renamed.items()}
 
 
