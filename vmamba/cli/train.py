@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import logging
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
@@ -15,6 +16,8 @@ from vmamba.training.config import DIGITS, TrainConfig, bundled, default_recipe,
 _logger = logging.getLogger(__name__)
 
 LOG_NAME = "train.log"
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -67,7 +70,7 @@ def _train(args: Namespace, config: TrainConfig, folder: Path | None, content: d
     from vmamba.cli.output import in_file, on_terminal
     from vmamba.training import checkpoint
     from vmamba.training.distributed import join
-    from vmamba.training.trainer import Trainer
+    from vmamba.training.trainer import LAST_NAME, Trainer
 
     with join(config.device) as process, on_terminal(process.is_first), contextlib.ExitStack() as log:
         trainer = Trainer(config, process, content, show_bar=sys.stderr.isatty())
@@ -84,6 +87,14 @@ def _train(args: Namespace, config: TrainConfig, folder: Path | None, content: d
             raise UserError(
                 "out of GPU memory; try --grad-checkpointing, a larger --accumulate or a smaller --batch-size"
             ) from error
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+            raise UserError(f"cannot write to {folder}: {error.strerror}; go on with --resume {folder}") from error
+        except KeyboardInterrupt:
+            if process.is_first and (folder / LAST_NAME).exists():
+                _logger.info(f"stopped; go on after the last whole epoch with: vmamba train --resume {folder}")
+            raise
         if process.is_first:
             _report(folder, config, best)
 
