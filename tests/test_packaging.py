@@ -59,7 +59,8 @@ def test_the_wheel_works_where_only_it_is(distributions, tmp_path):
 
 def test_the_source_distribution_holds_what_a_build_needs(distributions):
     (archive,) = distributions.glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
     suffixes = (".cpp", ".h", ".cu", ".cuh")
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes}
     assert sources <= names
