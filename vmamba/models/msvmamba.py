@@ -44,7 +44,7 @@ from vmamba.layers import (
 )
 from vmamba.models import _vmamba_layout
 from vmamba.models._builder import build_model
-from vmamba.models._checkpoint import unwrap
+from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
 from vmamba.ops import get_route, register_route
 from vmamba.ops.routes import columns, raster, reverse
@@ -335,7 +335,7 @@ class MSVMamba(HierarchicalBackbone):
 # Published checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-_NAMES: _vmamba_layout.Names = {
+_NAMES: Names = {
     r"(\.blocks\.\d+)\.norm\.": r"\1.norm1.",
     r"\.op\.conv2d_b1\.": ".mixer.scan.low.conv.",
     r"\.op\.conv2d\.": ".mixer.scan.full.conv.",
@@ -359,7 +359,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Te
     if not _vmamba_layout.is_published(weights):
         return weights
     tables = (_vmamba_layout.JANUARY_2024_NAMES, _NAMES, _vmamba_layout.NAMES, _vmamba_layout.layer_names(model))
-    renamed = {_vmamba_layout.rename(key, *tables): value for key, value in weights.items()}
+    renamed = {rename(key, *tables): value for key, value in weights.items()}
     low_first = model.stages[0].blocks[0].mixer.scan.low_first
     return {key: value for item in renamed.items() for key, value in _own_tensors(*item, low_first)}
 
