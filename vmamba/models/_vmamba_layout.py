@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vmamba.layers import ConvDownsample, ConvStem, PatchMerging, PatchStem
-from vmamba.models._checkpoint import Names, rename  # noqa: F401
+from vmamba.models._checkpoint import Names
 
 JANUARY_2024_NAMES: Names = {
     r"^patch_embed\.proj\.": "patch_embed.0.",
