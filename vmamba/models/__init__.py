@@ -3,6 +3,7 @@
 from vmamba.models.efficientvmamba import EfficientVMamba
 from vmamba.models.msvmamba import MSVMamba
 from vmamba.models.plainmamba import PlainMamba
+from vmamba.models.vim import Vim
 from vmamba.models.vmamba import VMamba
 
-__all__ = ["EfficientVMamba", "MSVMamba", "PlainMamba", "VMamba"]
+__all__ = ["EfficientVMamba", "MSVMamba", "PlainMamba", "VMamba", "Vim"]

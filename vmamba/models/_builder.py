@@ -1,6 +1,7 @@
 """timm's model builder, with checkpoint errors a reader can act on."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ def build_model(
     variant: str,
     pretrained: bool,
     filter_fn: Callable[[Any, Any], StateDict],
+    averaged: bool = True,
     **kwargs: Any,
 ) -> Any:
     """timm's ``build_model_with_cfg`` for a family of this package.
@@ -27,6 +29,8 @@ def build_model(
         variant: Its registered name.
         pretrained: Whether to load weights.
         filter_fn: Turns published names and shapes into the model's.
+        averaged: Whether, of a local file that holds averaged weights as well, ``filter_fn`` gets those alone, as timm
+            has it; otherwise it gets the file's content.
         **kwargs: For ``build_model_with_cfg``.
 
     Raises:
@@ -45,7 +49,7 @@ def build_model(
     def convert(state_dict: Any, model: nn.Module) -> StateDict:
         reading.clear()
         try:
-            converted = filter_fn(state_dict, model)
+            converted = filter_fn(state_dict if averaged else _content(model, state_dict), model)
             if strict:
                 check_fit(converted, model, _adapted_by_timm(model, features_only))
         except CheckpointError as error:
@@ -71,6 +75,15 @@ def _adapted_by_timm(model: Any, features_only: bool) -> frozenset[str]:
     if model.in_chans != cfg["input_size"][0]:
         adapted.append(cfg["first_conv"])
     return frozenset(f"{module}.{kind}" for module in adapted for kind in ("weight", "bias"))
+
+
+def _content(model: nn.Module, state_dict: Any) -> Any:
+    """All that is in the file timm read ``state_dict`` from, if it was a local one with room for more."""
+    cfg: Any = model.pretrained_cfg
+    file = cfg.get("file")
+    if not file or Path(file).suffix == ".safetensors":
+        return state_dict
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _location(model: nn.Module) -> str:

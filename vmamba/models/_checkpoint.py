@@ -4,7 +4,7 @@ import argparse
 import collections
 import re
 import urllib.error
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be read or does not fit the model; the message is one line."""
 
 
-def unwrap(checkpoint: Any) -> StateDict:
-    """The weights inside a checkpoint: under the first of :data:`WRAPPERS` that it has, or the checkpoint itself.
+def unwrap(checkpoint: Any, wrappers: Sequence[str] = WRAPPERS) -> StateDict:
+    """The weights inside a checkpoint: under the first of ``wrappers`` that it has, or the checkpoint itself.
 
     Prefixes of wrapped modules (``module.``, ``_orig_mod.``, several where wrappers were nested) and of detectors
     or classifiers (``backbone.``, with everything but the backbone and a classifier's ``head.``) are taken off.
@@ -55,11 +55,11 @@ def unwrap(checkpoint: Any) -> StateDict:
     """
     inner = checkpoint
     if isinstance(checkpoint, Mapping):
-        inner = next((checkpoint[key] for key in WRAPPERS if isinstance(checkpoint.get(key), Mapping)), checkpoint)
+        inner = next((checkpoint[key] for key in wrappers if isinstance(checkpoint.get(key), Mapping)), checkpoint)
     if not isinstance(inner, Mapping) or not any(isinstance(value, Tensor) for value in inner.values()):
         found = f"the keys {_some(inner)}" if isinstance(inner, Mapping) else f"a {type(inner).__name__}"
         raise CheckpointError(
-            f"holds no weights: expected a state dict, bare or under {', '.join(map(repr, WRAPPERS))}, found {found}"
+            f"holds no weights: expected a state dict, bare or under {', '.join(map(repr, wrappers))}, found {found}"
         )
     state_dict = {
         re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in inner.items() if isinstance(value, Tensor)

@@ -135,6 +135,10 @@ class PlainBackbone(Backbone):
 
         return self._intermediates(x, indices, read, stop_early, output_fmt, intermediates_only)
 
+    def take_indices(self, indices: int | list[int] | None) -> tuple[list[int], int]:
+        """The blocks that ``indices`` asks for, counted from the first, and the last of them."""
+        return feature_take_indices(len(self.blocks), indices)
+
     def _intermediates(
         self,
         x: Tensor,
@@ -147,7 +151,7 @@ class PlainBackbone(Backbone):
         """:meth:`forward_intermediates`, given how to read a channels-last map of (index, state, height, width)."""
         if output_fmt not in FORMATS:
             raise ValueError(f"output_fmt must be one of {', '.join(FORMATS)}, got '{output_fmt}'")
-        taken, last = feature_take_indices(len(self.blocks), indices)
+        taken, last = self.take_indices(indices)
         intermediates = []
         x = self.embed(x)
         height, width = x.shape[1], x.shape[2]
@@ -166,7 +170,7 @@ class PlainBackbone(Backbone):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drops what the given blocks do not need; returns their indices."""
-        taken, last = feature_take_indices(len(self.blocks), indices)
+        taken, last = self.take_indices(indices)
         self.blocks = nn.Sequential(*list(self.blocks)[: last + 1])
         if prune_norm:
             self.norm = nn.Identity()
