@@ -36,6 +36,12 @@ ROUNDED = {
     "efficientvmamba_tiny": "0.806",
     "efficientvmamba_small": "1.343",
     "efficientvmamba_base": "3.997",
+    "msvmamba_nano": "0.883",
+    "msvmamba_micro": "1.532",
+    "msvmamba_tiny": "4.613",
+    "msvmambav3_tiny": "5.134",  # the README says 5.0, which no variant of its configuration gives
+    "msvmambav3_small": "8.772",
+    "msvmambav3_base": "16.283",
 }
 
 

@@ -30,7 +30,8 @@ def test_every_release_has_a_golden_layout(family):
 @pytest.mark.parametrize(("family", "variant"), LAYOUTS)
 def test_layout_maps_one_to_one(family, variant):
     model, published, own = converted(family, variant)
-    assert len(own) == len(published)
+    # One-to-one in numbers: a published tensor may hold the parameters of several modules, and each gets its part.
+    assert sum(value.numel() for value in own.values()) == sum(value.numel() for value in published.values())
     check_fit(own, model)
     model.load_state_dict(own, strict=True)
     assert sum(p.numel() for p in model.parameters()) == golden(family, variant)["params"]

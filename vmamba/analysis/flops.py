@@ -8,6 +8,7 @@ differ between families, and between them and :func:`count`. :func:`fvcore_handl
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba.layers import GatedSS2D, SelectiveSSM
+from vmamba.models import msvmamba
 from vmamba.models.efficientvmamba import EfficientVMamba
 from vmamba.models.vmamba import VMamba
 
@@ -124,6 +126,16 @@ def _atrous_scan(module: GatedSS2D, x: Tensor, y: Tensor) -> int:
     return scan + projections - batch * height * width * inner * ssm.directions * width_of_params
 
 
+def _multi_scale_scan(module: msvmamba.MultiScaleScan, x: Tensor, y: Tensor, interpolation: int) -> int:
+    """Both scans and the interpolation; published code projects the half-resolution map once for each pass."""
+    batch, height, width, channels = x.shape
+    low = batch * math.ceil(height / 2) * math.ceil(width / 2)
+    sequences = batch * height * width + msvmamba.PASSES * low
+    rank = module.low.ssm.rank
+    repeated_projections = (msvmamba.PASSES - 1) * low * channels * (rank + 2)
+    return sequences * channels * (10 + rank) + repeated_projections + interpolation * y.numel()
+
+
 PUBLISHED_RULES: dict[type[nn.Module], Rule] = {
     EfficientVMamba: {
         nn.Conv2d: _conv,
@@ -133,6 +145,15 @@ PUBLISHED_RULES: dict[type[nn.Module], Rule] = {
         SelectAdaptivePool2d: _pool,
         SqueezeExcite: _pool,
         GatedSS2D: _atrous_scan,
+    },
+    msvmamba.MSVMamba: {
+        nn.Conv2d: _conv,
+        nn.Linear: _linear,
+        nn.LayerNorm: _norm,
+        SelectAdaptivePool2d: _pool,
+        msvmamba.SqueezeExcite: _pool,
+        msvmamba.PassNormedScan: partial(_multi_scale_scan, interpolation=4),
+        msvmamba.SumNormedScan: partial(_multi_scale_scan, interpolation=1),
     },
     VMamba: {**FVCORE_RULE, GatedSS2D: _einsum_projections},
 }
