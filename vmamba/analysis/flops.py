@@ -12,13 +12,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import SelectAdaptivePool2d, to_2tuple
+from timm.layers import ClassifierHead, SelectAdaptivePool2d, to_2tuple
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba.layers import GatedSS2D, SelectiveSSM
-from vmamba.models import msvmamba
+from vmamba.models import msvmamba, plainmamba
 from vmamba.models.efficientvmamba import EfficientVMamba
 from vmamba.models.vmamba import VMamba
 
@@ -77,8 +77,12 @@ def _norm(module: nn.Module, x: Tensor, y: Tensor) -> int:
     return 5 * x.numel()
 
 
-def _pool(module: nn.Module, x: Tensor, y: Tensor) -> int:
+def _one_per_element(module: nn.Module, x: Tensor, y: Tensor) -> int:
     return x.numel()
+
+
+def _two_per_element(module: nn.Module, x: Tensor, y: Tensor) -> int:
+    return 2 * x.numel()
 
 
 def _scan(module: SelectiveSSM, x: Tensor, y: Tensor) -> int:
@@ -91,7 +95,7 @@ FVCORE_RULE: Rule = {
     nn.Conv2d: _conv,
     nn.Linear: _linear,
     nn.LayerNorm: _norm,
-    SelectAdaptivePool2d: _pool,
+    SelectAdaptivePool2d: _one_per_element,
     SelectiveSSM: _scan,
 }
 """fvcore's: a multiply-add is one, a norm five per element, a pooling one, activations and sums nothing; the scans are
@@ -109,10 +113,6 @@ def _einsum_projections(module: GatedSS2D, x: Tensor, y: Tensor) -> int:
     positions = x.numel() // x.shape[-1]
     elements = positions * module.out_proj.in_features * ssm.directions
     return sum(_einsum(elements * width) - elements * width for width in (ssm.rank + 2 * ssm.d_state, ssm.rank))
-
-
-def _batch_norm(module: nn.BatchNorm2d, x: Tensor, y: Tensor) -> int:
-    return 2 * x.numel()
 
 
 def _atrous_scan(module: GatedSS2D, x: Tensor, y: Tensor) -> int:
@@ -136,24 +136,49 @@ def _multi_scale_scan(module: msvmamba.MultiScaleScan, x: Tensor, y: Tensor, int
     return sequences * channels * (10 + rank) + repeated_projections + interpolation * y.numel()
 
 
+def _biased_conv(module: nn.Conv2d, x: Tensor, y: Tensor) -> int:
+    return _conv(module, x, y) + (y.numel() if module.bias is not None else 0)
+
+
+def _snake_scan(module: plainmamba.SnakeMixer, x: Tensor, y: Tensor) -> int:
+    """One expansion of the step sizes, and in each direction nine operations per state and one per skip."""
+    ssm = module.ssm
+    elements = x[..., 0].numel() * module.out_proj.in_features
+    return elements * (ssm.rank + plainmamba.DIRECTIONS * (9 * ssm.d_state + 1))
+
+
+def _not_counted(module: nn.Module, x: Tensor, y: Tensor) -> int:
+    """Takes back what the classifier inside has counted."""
+    return -sum(linear.weight.numel() * len(x) for linear in module.modules() if isinstance(linear, nn.Linear))
+
+
 PUBLISHED_RULES: dict[type[nn.Module], Rule] = {
     EfficientVMamba: {
         nn.Conv2d: _conv,
         nn.Linear: _linear,
         nn.LayerNorm: _norm,
-        nn.BatchNorm2d: _batch_norm,
-        SelectAdaptivePool2d: _pool,
-        SqueezeExcite: _pool,
+        nn.BatchNorm2d: _two_per_element,
+        SelectAdaptivePool2d: _one_per_element,
+        SqueezeExcite: _one_per_element,
         GatedSS2D: _atrous_scan,
     },
     msvmamba.MSVMamba: {
         nn.Conv2d: _conv,
         nn.Linear: _linear,
         nn.LayerNorm: _norm,
-        SelectAdaptivePool2d: _pool,
-        msvmamba.SqueezeExcite: _pool,
+        SelectAdaptivePool2d: _one_per_element,
+        msvmamba.SqueezeExcite: _one_per_element,
         msvmamba.PassNormedScan: partial(_multi_scale_scan, interpolation=4),
         msvmamba.SumNormedScan: partial(_multi_scale_scan, interpolation=1),
+    },
+    plainmamba.PlainMamba: {
+        nn.Conv2d: _biased_conv,
+        nn.Linear: _linear,
+        nn.LayerNorm: _two_per_element,
+        nn.BatchNorm2d: _two_per_element,
+        nn.ReLU: _one_per_element,
+        plainmamba.SnakeMixer: _snake_scan,
+        ClassifierHead: _not_counted,
     },
     VMamba: {**FVCORE_RULE, GatedSS2D: _einsum_projections},
 }
