@@ -54,7 +54,8 @@ def _draw_direction(panel: "Axes", visits: Tensor, height: int, width: int) -> N
     points = torch.stack([visits % width, visits // width], dim=1).float()
     segments = torch.stack([points[:-1], points[1:]], dim=1)
     # A jump (the end of a row to the start of the next) is drawn thin, so that the eye follows the walk.
-    jumps = (segments[:, 1] - segments[:, 0]).abs().amax(1) > 1.5
+    lengths = (segments[:, 1] - segments[:, 0]).abs().amax(1)
+    jumps = lengths > 1.5 * lengths.median() if len(lengths) else lengths > 0
     lines = LineCollection(
         [tuple(map(tuple, segment)) for segment in segments.tolist()],
         array=torch.arange(len(segments)).numpy(),
