@@ -1,13 +1,13 @@
 """Parts that two or more model families share. Maps are channels last: (batch, height, width, channels)."""
 
-from vmamba.layers.block import PreNormBlock
+from vmamba.layers.block import PositionalBlock, PreNormBlock
 from vmamba.layers.conv import Conv2dNHWC
-from vmamba.layers.downsample import ConvDownsample, PatchMerging
+from vmamba.layers.downsample import ConvDownsample, InvertedDownsample, PatchMerging
 from vmamba.layers.init import init_weights
 from vmamba.layers.norm import ScanNorm
 from vmamba.layers.ss2d import SS2D, GatedSS2D
 from vmamba.layers.ssm import SelectiveSSM, dt_rank
-from vmamba.layers.stem import ConvStem, PatchStem
+from vmamba.layers.stem import ConvStem, PatchStem, ResidualConvStem
 
 __all__ = [
     "SS2D",
@@ -15,9 +15,12 @@ __all__ = [
     "ConvDownsample",
     "ConvStem",
     "GatedSS2D",
+    "InvertedDownsample",
     "PatchMerging",
     "PatchStem",
+    "PositionalBlock",
     "PreNormBlock",
+    "ResidualConvStem",
     "ScanNorm",
     "SelectiveSSM",
     "dt_rank",

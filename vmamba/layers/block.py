@@ -6,6 +6,8 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from vmamba.layers.conv import Conv2dNHWC
+
 
 class PreNormBlock(nn.Module):
     """Two residual branches, each behind a LayerNorm: a mixer of positions, then, where there is one, of channels.
@@ -46,3 +48,29 @@ class PreNormBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mix_channels(self.mix_positions(x))
+
+
+class PositionalBlock(PreNormBlock):
+    """:class:`PreNormBlock` with a residual depthwise convolution before each branch: it tells where a position lies.
+
+    Stochastic depth does not drop the convolutions. The arguments are those of :class:`PreNormBlock`, but for ``mlp``,
+    which there must be.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        mlp: nn.Module,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(dim, mixer, mlp, drop_path, **dd)
+        self.cpe1 = Conv2dNHWC(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
+        self.cpe2 = Conv2dNHWC(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix_positions(x + self.cpe1(x))
+        return self.mix_channels(x + self.cpe2(x))

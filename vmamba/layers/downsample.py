@@ -1,5 +1,7 @@
 """Downsampling between stages, on channels-last maps."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,3 +52,32 @@ class ConvDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
+
+
+class InvertedDownsample(nn.Module):
+    """Widens, convolves each channel with stride 2, and narrows (MLLA's downsampling).
+
+    Maps (batch, H, W, dim) to (batch, ceil(H / 2), ceil(W / 2), out_dim). The hidden map is four times as wide as the
+    result; only the result passes a batch norm.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__()
+        hidden = 4 * out_dim
+        self.expand = nn.Conv2d(dim, hidden, kernel_size=1, **dd)
+        self.conv = nn.Conv2d(hidden, hidden, kernel_size=3, stride=2, padding=1, groups=hidden, **dd)
+        self.project = nn.Conv2d(hidden, out_dim, kernel_size=1, **dd)
+        self.norm = nn.BatchNorm2d(out_dim, **dd)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.expand(x.permute(0, 3, 1, 2)))
+        x = self.project(self.act(self.conv(x)))
+        return self.norm(x).permute(0, 2, 3, 1)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
 from vmamba.layers.conv import Conv2dNHWC
@@ -65,3 +66,37 @@ class ConvStem(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = self.act(self.norm1(self.conv1(to_nhwc(image))))
         return self.norm2(self.conv2(x))
+
+
+class ResidualConvStem(nn.Module):
+    """Convolutions with batch norm, three of them at the first resolution, of which two are residual (MLLA's stem).
+
+    Maps (batch, C, H, W) to (batch, H / s, W / s, dim). The sizes are rounded up; s is the product of the strides, 4
+    unless said. Nothing is normalised or activated after the last convolution but by its batch norm.
+    """
+
+    first_conv = "conv1.conv"
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        strides: tuple[int, int] = (2, 2),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.reduction = strides[0] * strides[1]
+        half = dim // 2
+        self.conv1 = ConvNormAct(in_chans, half, 3, stride=strides[0], **dd)
+        self.conv2 = nn.Sequential(ConvNormAct(half, half, 3, **dd), ConvNormAct(half, half, 3, apply_act=False, **dd))
+        self.conv3 = nn.Sequential(
+            ConvNormAct(half, 4 * dim, 3, stride=strides[1], **dd),
+            ConvNormAct(4 * dim, dim, 1, apply_act=False, **dd),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.conv1(image.contiguous(memory_format=torch.channels_last))
+        x = x + self.conv2(x)
+        return self.conv3(x).permute(0, 2, 3, 1)

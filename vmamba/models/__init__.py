@@ -3,7 +3,8 @@
 from vmamba.models.efficientvmamba import EfficientVMamba
 from vmamba.models.msvmamba import MSVMamba
 from vmamba.models.plainmamba import PlainMamba
+from vmamba.models.spatialmamba import SpatialMamba
 from vmamba.models.vim import Vim
 from vmamba.models.vmamba import VMamba
 
-__all__ = ["EfficientVMamba", "MSVMamba", "PlainMamba", "VMamba", "Vim"]
+__all__ = ["EfficientVMamba", "MSVMamba", "PlainMamba", "SpatialMamba", "VMamba", "Vim"]
