@@ -1,4 +1,5 @@
 from tests.running import one_line, vmamba
+from vmamba.cli.models import own_models
 
 
 def test_table():
@@ -16,8 +17,10 @@ def test_pattern():
     assert names == {"vmamba_tiny_s1l8", "vmamba_small_s1l20", "vmamba_base_s1l20"}
 
 
-def test_models_of_other_packages_are_not_listed():
-    assert "resnet18" not in vmamba("models").out
+def test_only_models_of_this_package_are_listed():
+    names = own_models()
+    assert {"vmamba_tiny_s1l8", "vmamba_nano_32"} <= set(names)
+    assert "resnet18" not in names
 
 
 def test_no_match():

@@ -43,13 +43,15 @@ def in_file(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attached(*handlers: logging.Handler) -> Iterator[None]:
-    # To the root logger, since timm warns as well, of images that cannot be read for example.
-    root = logging.getLogger()
-    for handler in handlers:
-        root.addHandler(handler)
+    # timm warns as well, of images that cannot be read for example; other libraries look after their own messages.
+    loggers = [logging.getLogger(name) for name in ("vmamba", "timm")]
+    for logger in loggers:
+        for handler in handlers:
+            logger.addHandler(handler)
     try:
         yield
     finally:
         for handler in handlers:
-            root.removeHandler(handler)
+            for logger in loggers:
+                logger.removeHandler(handler)
             handler.close()
