@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import vmamba  # noqa: F401  (registers the models)
+from vmamba.models._plain import PlainBackbone
 
 
 def registered(pattern: str = "*") -> list[str]:
@@ -14,6 +15,8 @@ def registered(pattern: str = "*") -> list[str]:
 
 ALL = registered()
 SMALL = registered("test_*")
+PLAIN = [name for name in SMALL if isinstance(timm.create_model(name, device="meta"), PlainBackbone)]
+HIERARCHICAL = [name for name in SMALL if name not in PLAIN]
 
 
 def seeded(name: str, seed: int = 0, **kwargs) -> nn.Module:

@@ -9,11 +9,12 @@ that checks and prepares every scan.
 import pytest
 import timm
 import torch
+from timm.models._features import FeatureGetterNet
 from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from timm.optim import create_optimizer_v2
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from tests.models.common import ALL, SMALL, image, seeded
+from tests.models.common import ALL, HIERARCHICAL, PLAIN, SMALL, image, seeded
 
 FORWARD_SIDE, BACKWARD_SIDE, FEATURE_SIDE = 160, 128, 96
 
@@ -67,8 +68,9 @@ def test_default_cfg_describes_the_model(name):
     x = torch.empty(own_size(model), device="meta")
     features = model.num_features
 
-    assert model.forward_features(x).shape[1:3] == cfg["pool_size"]
-    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (1, model.head_hidden_size)
+    unpooled = model.forward_features(x)
+    assert cfg["pool_size"] is None or unpooled.shape[1:3] == cfg["pool_size"]
+    assert model.forward_head(unpooled, pre_logits=True).shape == (1, model.head_hidden_size)
     assert model(x).shape == (1, cfg["num_classes"])
     assert {f"{cfg['classifier']}.weight", f"{cfg['first_conv']}.weight"} <= model.state_dict().keys()
     assert model.get_classifier() is model.get_submodule(cfg["classifier"])
@@ -77,7 +79,7 @@ def test_default_cfg_describes_the_model(name):
     model.reset_classifier(0)
     assert model(x).shape == (1, features)
     model.reset_classifier(0, "")
-    assert model(x).shape == (1, *cfg["pool_size"], features)
+    assert model(x).shape == unpooled.shape
     model.reset_classifier(7, "avg")
     assert model(x).shape == (1, 7)
     assert model.num_classes == 7
@@ -86,9 +88,16 @@ def test_default_cfg_describes_the_model(name):
 @pytest.mark.parametrize("name", SMALL)
 def test_created_without_classifier_or_pooling(name):
     x = image(1, 3, 64, 64)
-    assert seeded(name, num_classes=0)(x).shape == (1, 128)
-    assert seeded(name, num_classes=0, global_pool="")(x).shape == (1, 2, 2, 128)
-    assert seeded(name, global_pool="catavgmax", num_classes=3)(x).shape == (1, 3)
+    model = seeded(name, num_classes=0)
+    assert model(x).shape == (1, model.num_features)
+    assert seeded(name, num_classes=0, global_pool="")(x).shape == model.forward_features(x).shape
+    assert seeded(name, num_classes=3, global_pool="max")(x).shape == (1, 3)
+
+
+def test_pooling_that_widens():
+    model = seeded("test_vmamba", global_pool="catavgmax", num_classes=3)
+    assert model.head_hidden_size == 2 * model.num_features
+    assert model(image(1, 3, 64, 64)).shape == (1, 3)
 
 
 @pytest.mark.parametrize("in_chans", [1, 4])
@@ -97,8 +106,11 @@ def test_in_chans(name, in_chans):
     assert seeded(name, in_chans=in_chans)(image(1, in_chans, 32, 32)).shape == (1, 1000)
 
 
-@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "fx", "getter"])
-@pytest.mark.parametrize("name", SMALL)
+FEATURE_CLASSES = [(name, cls) for name in HIERARCHICAL for cls in ("list", "dict", "hook", "fx", "getter")]
+FEATURE_CLASSES += [(name, "getter") for name in PLAIN]  # as for timm's own: blocks hand on sequences, not maps
+
+
+@pytest.mark.parametrize(("name", "feature_cls"), FEATURE_CLASSES)
 def test_features_only(name, feature_cls):
     model = seeded(name, features_only=True, feature_cls=feature_cls)
     channels, reductions = model.feature_info.channels(), model.feature_info.reduction()
@@ -106,7 +118,7 @@ def test_features_only(name, feature_cls):
     features = model(image(1, 3, FEATURE_SIDE, FEATURE_SIDE))
     features = list(features.values()) if isinstance(features, dict) else features
 
-    assert len(features) == len(channels) == 4
+    assert len(features) == len(channels) >= 3
     last_first = feature_cls != "getter"  # the getter returns NCHW, all others the model's own NHWC
     for feature, width, reduction in zip(features, channels, reductions, strict=True):
         height = feature.shape[1] if last_first else feature.shape[2]
@@ -120,8 +132,12 @@ def test_feature_info_of_every_model(name):
     model = timm.create_model(name, features_only=True, device="meta")
     side = model.default_cfg["input_size"][-1]
     features = model(torch.empty(1, 3, side, side, device="meta"))
+    channel = 1 if isinstance(model, FeatureGetterNet) else 3
     for feature, info in zip(features, model.feature_info.get_dicts(), strict=True):
-        assert feature.shape == (1, side // info["reduction"], side // info["reduction"], info["num_chs"])
+        height, width = (feature.shape[i] for i in (1, 2, 3) if i != channel)
+        assert feature.shape[channel] == info["num_chs"]
+        assert height == width
+        assert side // info["reduction"] - 1 <= height <= side // info["reduction"]  # less where patches overlap
 
 
 @pytest.mark.parametrize("out_indices", [(0, 2), (-1,), (3, 1)])
@@ -138,16 +154,36 @@ def test_forward_intermediates(name, checkpointing):
     x = image(1, 3, FEATURE_SIDE, FEATURE_SIDE)
 
     final, features = model.forward_intermediates(x, output_fmt="NCHW")
-    last = model.forward_intermediates(x, indices=1, norm=True, output_fmt="NHWC", intermediates_only=True)
-    early, first = model.forward_intermediates(x, indices=[0], stop_early=True)
+    last = model.forward_intermediates(x, indices=1, output_fmt="NHWC", intermediates_only=True)
+    _, first = model.forward_intermediates(x, indices=[0], stop_early=True)
 
     assert torch.equal(final, model.forward_features(x))
-    assert [f.shape[1] for f in features] == [16, 32, 64, 128]
-    assert torch.equal(last[0], final)
+    assert [f.shape[1] for f in features] == [info["num_chs"] for info in model.feature_info]
+    assert torch.equal(last[0].permute(0, 3, 1, 2), features[-1])
     assert torch.equal(first[0], features[0])
-    assert torch.equal(early.permute(0, 3, 1, 2), features[0])
     with pytest.raises(ValueError, match="output_fmt"):
-        model.forward_intermediates(x, output_fmt="NLC")
+        model.forward_intermediates(x, output_fmt="NCL")
+
+
+@pytest.mark.parametrize("name", HIERARCHICAL)
+def test_forward_intermediates_of_stages(name):
+    model = seeded(name)
+    x = image(1, 3, FEATURE_SIDE, FEATURE_SIDE)
+    final, last = model.forward_intermediates(x, indices=1, norm=True, output_fmt="NHWC")
+    early, first = model.forward_intermediates(x, indices=[0], stop_early=True, output_fmt="NHWC")
+    assert torch.equal(last[0], final)
+    assert torch.equal(early, first[0])  # no norm fits there
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_forward_intermediates_of_blocks(name):
+    model = seeded(name)
+    x = image(1, 3, FEATURE_SIDE, FEATURE_SIDE)
+    tokens, maps = (model.forward_intermediates(x, norm=True, output_fmt=fmt)[1] for fmt in ("NLC", "NHWC"))
+    assert all(torch.equal(a, b.flatten(1, 2)) for a, b in zip(tokens, maps, strict=True))
+    early, last = model.forward_intermediates(x, indices=[0], norm=True, stop_early=True, output_fmt="NLC")
+    assert torch.equal(last[0], tokens[0])
+    assert early.shape == model.forward_features(x).shape
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -160,8 +196,8 @@ def test_prune_intermediate_layers(name):
     final, features = model.forward_intermediates(x)
 
     assert kept == [0, 1]
-    assert len(model.stages) == 2
-    assert model.num_features == 32
+    assert len(features) == 2
+    assert model.num_features == features[1].shape[1]
     assert all(torch.equal(a, b) for a, b in zip(features, expected, strict=True))
     assert torch.equal(final, model.forward_features(x))
     model.reset_classifier(5, "avg")
@@ -210,11 +246,11 @@ def test_optimiser_groups(name):
     assert model.no_weight_decay() <= names.keys()
     assert sum(len(group["params"]) for group in optimiser.param_groups) == len(names)
     scales = sorted({group["lr_scale"] for group in optimiser.param_groups})
-    blocks = sum(len(stage.blocks) for stage in model.stages)
+    blocks = len(model.blocks) if hasattr(model, "blocks") else sum(len(stage.blocks) for stage in model.stages)
     assert len(scales) == blocks + 2  # the stem, each block, and norm with head
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", HIERARCHICAL)
 def test_coarse_groups_are_the_stages(name):
     model = seeded(name)
     groups = timm.models.group_parameters(model, model.group_matcher(coarse=True))

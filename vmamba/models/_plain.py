@@ -205,7 +205,7 @@ class PlainBackbone(Backbone):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that order the parameters by depth, for layer-wise learning rates; there is one grain."""
-        return {"stem": r"^(stem|pos_embed)", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+        return {"stem": r"^(?:stem|pos_embed)", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -213,6 +213,7 @@ class PlainBackbone(Backbone):
         self.grad_checkpointing = enable
 
 
+@torch.fx.wrap  # what it does depends on the sizes, so it is not traced into
 def resize_pos_embed(pos_embed: Tensor, height: int, width: int) -> Tensor:
     """A position embedding (1, rows, columns, dim) for another grid: bicubic, not antialiased, as in published code."""
     return resample_abs_pos_embed_nhwc(pos_embed, [height, width], antialias=False)

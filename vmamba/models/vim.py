@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, apply_rot_embed, calculate_drop_path_rates, trunc_normal_
-from timm.models import generate_default_cfgs, named_apply, register_model, register_notrace_function
+from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
 
 from vmamba.layers import Conv2dNHWC, SelectiveSSM, dt_rank
@@ -94,14 +94,22 @@ def remove(sequence: Tensor, index: int) -> Tensor:
     return torch.cat([sequence[:, :index], sequence[:, index + 1 :]], dim=1)
 
 
-@register_notrace_function
+@torch.fx.wrap
 def rotation(
-    height: int, width: int, dim: int, device: torch.device | str | None = None, trained_side: int = 14
-) -> tuple[Tensor, Tensor]:
-    """Sine and cosine, (height * width, dim) in float32, of the rotary embedding of a grid.
+    height: int, width: int, dim: int, still: int | None, device: torch.device | str, trained_side: int = 14
+) -> Tensor:
+    """Sine and cosine of the rotary embedding of a grid, (2, height * width, dim) in float32.
 
     Neighbouring pairs of channels turn by one angle: in the first half of the channels it grows with the row, in the
     second with the column, in dim / 4 frequencies each. Coordinates are stretched to a grid of ``trained_side``.
+
+    Args:
+        height: Rows.
+        width: Columns.
+        dim: Channels, a multiple of four.
+        still: Where the sequence has a token more, that is not turned; None for nowhere.
+        device: Where to make them.
+        trained_side: Rows and columns of the grid whose coordinates are 0, 1, 2, ...
     """
     half = dim // 2
     frequencies = 10000 ** (-torch.arange(0, half, 2, device=device, dtype=torch.float32) / half)
@@ -113,7 +121,9 @@ def rotation(
     rows = angles(height).unsqueeze(1).expand(-1, width, -1)
     columns = angles(width).unsqueeze(0).expand(height, -1, -1)
     table = torch.cat([rows, columns], dim=-1).flatten(0, 1)
-    return table.sin(), table.cos()
+    if still is not None:
+        table = torch.cat([table[:still], table.new_zeros(1, dim), table[still:]])
+    return torch.stack([table.sin(), table.cos()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,12 +233,12 @@ class Streams(NamedTuple):
     Attributes:
         hidden: What the last mixer returned, (batch, L, dim); before the first block, the embedded sequence.
         residual: The sum of all before, (batch, L, dim) in float32; absent before the first block.
-        rotation: Sine and cosine, (L, dim), by which each block turns the stream first; absent in most models.
+        rotation: Sine and cosine, (2, L, dim), by which each block turns the stream first; absent in most models.
     """
 
     hidden: Tensor
     residual: Tensor | None = None
-    rotation: tuple[Tensor, Tensor] | None = None
+    rotation: Tensor | None = None
 
 
 class VimBlock(nn.Module):
@@ -257,7 +267,7 @@ class VimBlock(nn.Module):
         hidden, residual, turn = streams
         residual = hidden.float() if residual is None else residual + self.drop_path(hidden)
         if turn is not None:
-            residual = apply_rot_embed(residual, *turn)
+            residual = apply_rot_embed(residual, turn[0], turn[1])
         return Streams(self.mixer(self.norm(residual).to(hidden.dtype)), residual, turn)
 
 
@@ -464,12 +474,11 @@ class Vim(PlainBackbone):
     def enter(self, x: Tensor) -> Streams:
         """The sequence of a map of patches (batch, height, width, dim)."""
         height, width = x.shape[1], x.shape[2]
-        turn = rotation(height, width, self.embed_dim, x.device) if self.rope else None
+        index = None if self.class_token is None else class_index(height * width, self.class_token)
+        turn = rotation(height, width, self.embed_dim, index, x.device) if self.rope else None
         x = x.flatten(1, 2)
-        if self.class_token is not None:
-            index = class_index(x.shape[1], self.class_token)
+        if index is not None:
             x = insert(x, self.cls_token + self.cls_pos_embed, index)
-            turn = None if turn is None else _spare(turn, index)
         return Streams(x, None, turn)
 
     def leave(self, state: Streams) -> Tensor:
@@ -538,14 +547,7 @@ class Vim(PlainBackbone):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that order the parameters by depth, for layer-wise learning rates; there is one grain."""
-        return {**super().group_matcher(coarse), "stem": r"^(stem|pos_embed|cls_token|cls_pos_embed)"}
-
-
-def _spare(turn: tuple[Tensor, Tensor], index: int) -> tuple[Tensor, Tensor]:
-    """The rotation of a sequence with a class token at ``index``, which is not turned."""
-    sine, cosine = (table.unsqueeze(0) for table in turn)
-    still = torch.zeros_like(sine[:, :1])
-    return insert(sine, still, index).squeeze(0), insert(cosine, torch.ones_like(still), index).squeeze(0)
+        return {**super().group_matcher(coarse), "stem": r"^(?:stem|pos_embed|cls_token|cls_pos_embed)"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -693,8 +695,8 @@ default_cfgs = generate_default_cfgs(
         "vim_base_patch16_224.in1k": _published("Vim-base-midclstok", "vim_b_midclstok_81p9acc.pth"),
         "vim_tiny_rope_patch16_224.in1k": _published("Vim-tiny", "vim_tiny_73p1.pth"),
         "vim_nano_32.untrained": _cfg(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0),
-        "test_vim.untrained": _cfg(input_size=(3, 160, 160)),
-        "test_vim_rope.untrained": _cfg(input_size=(3, 160, 160)),
+        "test_vim.untrained": _cfg(input_size=(3, 64, 64)),
+        "test_vim_rope.untrained": _cfg(input_size=(3, 64, 64)),
     }
 )
 
@@ -771,12 +773,12 @@ def vim_nano_32(pretrained: bool = False, **kwargs: Any) -> Vim:
 @register_model
 def test_vim(pretrained: bool = False, **kwargs: Any) -> Vim:  # noqa: PT028
     """Vim at the smallest size that still has every part, for tests."""
-    model_args = {"depth": 4, "embed_dim": 16, "d_state": 4, "img_size": 160}
+    model_args = {"depth": 4, "embed_dim": 16, "d_state": 4, "patch_size": 4, "stride": 4, "img_size": 64}
     return _create_vim("test_vim", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def test_vim_rope(pretrained: bool = False, **kwargs: Any) -> Vim:  # noqa: PT028
     """The first release at the smallest size that still has every part, for tests."""
-    model_args = {"depth": 4, "embed_dim": 16, "d_state": 4, "img_size": 160, **_LEGACY}
+    model_args = {"depth": 4, "embed_dim": 16, "d_state": 4, "patch_size": 4, "stride": 4, "img_size": 64, **_LEGACY}
     return _create_vim("test_vim_rope", pretrained, **{**model_args, **kwargs})
