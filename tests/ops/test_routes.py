@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vmamba.ops import check_route, draw_route, get_route, list_routes, register_route, reverse, routes
+from vmamba.ops import check_route, draw_route, get_route, grid_table, list_routes, register_route, reverse, routes
 
 SIZES = [(1, 1), (1, 7), (6, 1), (3, 4), (7, 5), (14, 14)]
 
@@ -72,6 +72,19 @@ def test_routes_are_cached_and_usable_in_training_wherever_they_were_made():
         first = get_route("cross", 11, 13)
     assert get_route("cross", 11, 13) is first
     assert not first.is_inference()
+
+
+def test_grid_tables_are_cached_and_need_not_be_routes():
+    @grid_table
+    def rows_from_a_hundred(height, width):
+        return torch.arange(height).unsqueeze(1).expand(-1, width) + 100
+
+    table = rows_from_a_hundred(2, 3)
+
+    assert table.tolist() == [[100, 100, 100], [101, 101, 101]]
+    assert table.dtype == torch.int32
+    assert rows_from_a_hundred(2, 3) is table
+    assert rows_from_a_hundred(2, 3, "meta").device.type == "meta"
 
 
 def test_the_picture(tmp_path):

@@ -49,6 +49,7 @@ def _snake_rows(grid: Tensor) -> Tensor:
     return torch.where(odd, grid.flip(1), grid).reshape(-1)
 
 
+@grid_table
 def arriving_moves(height: int, width: int) -> Tensor:
     """The move that led to each step of :func:`snake`: 0 at the start, 1 right, 2 left, 3 up, 4 down; (4, H * W)."""
     route = snake(height, width)
@@ -58,6 +59,7 @@ def arriving_moves(height: int, width: int) -> Tensor:
     return F.pad(moves, (1, 0))
 
 
+@grid_table
 def raster_for_all(height: int, width: int) -> Tensor:
     """Row by row from the top left, in each of the four directions: (4, H * W)."""
     return torch.arange(height * width, dtype=torch.int32).repeat(DIRECTIONS, 1)
@@ -109,7 +111,7 @@ class SnakeMixer(nn.Module):
         height, width = u.shape[1], u.shape[2]
         flat = u.flatten(1, 2)
         dt, B, C = self.ssm.project(flat)
-        moves = grid_table(arriving_moves, height, width, u.device)
+        moves = arriving_moves(height, width, u.device)
         y = selective_scan(
             flat,
             dt,
@@ -120,7 +122,7 @@ class SnakeMixer(nn.Module):
             dt_weight=self.ssm.dt_weight,
             dt_bias=2 * self.ssm.dt_bias,
             route=get_route("snake", height, width, u.device),
-            param_route=grid_table(raster_for_all, height, width, u.device),
+            param_route=raster_for_all(height, width, u.device),
         )
         return y.unflatten(1, (height, width))
 

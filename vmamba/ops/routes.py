@@ -63,13 +63,22 @@ def _capturing() -> bool:
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
-@register_notrace_function
-def grid_table(builder: RouteBuilder, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """What ``builder`` makes of the size of a grid, int32 on ``device``: a route, or a table that goes with one.
+def grid_table(builder: RouteBuilder) -> Callable[..., Tensor]:
+    """Makes of a function of (height, width) one of (height, width, device): a table that goes with a route.
 
-    Cached per builder, size and device. While a graph is being captured it is computed inside it instead, so that
-    sizes may stay symbolic.
+    The result is int32, on the CPU unless said, and cached per size and device. While a graph is being captured it is
+    computed inside it instead, so that sizes may stay symbolic.
     """
+
+    @register_notrace_function
+    @wraps(builder)
+    def table(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+        return _table(builder, height, width, device)
+
+    return table
+
+
+def _table(builder: RouteBuilder, height: int, width: int, device: torch.device | str) -> Tensor:
     if _capturing():
         return builder(height, width).to(device=device, dtype=torch.int32)
     return _cached_table(builder, height, width, torch.device(device))
@@ -84,12 +93,14 @@ def _cached_table(builder: RouteBuilder, height: int, width: int, device: torch.
 
 @register_notrace_function
 def get_route(name: str, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """The route registered under ``name`` for a grid of height x width: int32 of shape (K, T), a :func:`grid_table`.
+    """The route registered under ``name`` for a grid of height x width: int32 of shape (K, T), on ``device``.
+
+    It is cached as every :func:`grid_table` is.
 
     Raises:
         ValueError: if no route has that name, or its builder returned something that is no route for this grid.
     """
-    return grid_table(_builder(name), height, width, device)
+    return _table(_builder(name), height, width, device)
 
 
 def _builder(name: str) -> RouteBuilder:
