@@ -29,6 +29,14 @@ def test_unknown_command():
     assert one_line(vmamba("trian")) == "vmamba: error: unknown command 'trian'; did you mean train?"
 
 
+def test_mistaken_options():
+    message = one_line(vmamba("train", "--batch_size", 3))
+    assert "vmamba train does not know '--batch_size'; did you mean --batch-size" in message
+    assert "vmamba models does not know 'b'" in one_line(vmamba("models", "a", "b"))
+    assert "the following arguments are required: PATH" in one_line(vmamba("predict"))
+    assert "argument --batch-size: invalid" in one_line(vmamba("validate", "--batch-size", 0))
+
+
 def test_as_a_program():
     run = subprocess.run([sys.executable, "-m", "vmamba.cli.main", "nothing"], capture_output=True, text=True)
     assert run.returncode == 2

@@ -111,3 +111,17 @@ def test_resume_from_the_wrong_file(whole, tmp_path):
     data = (whole / "last.pth").read_bytes()
     (tmp_path / "last.pth").write_bytes(data[: len(data) // 3])
     assert "is damaged" in one_line(vmamba("train", "--resume", tmp_path))
+
+
+def test_interrupted_run_says_how_to_go_on(data, tmp_path):
+    run = ("--data", data, "--output", tmp_path, "--name", "run", "--epochs", 400, "--warmup-epochs", 1)
+    process = start("-m", "vmamba.cli.main", "train", *QUICK, *run)
+    while not (tmp_path / "run" / "last.pth").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130
+    assert f"vmamba train --resume {tmp_path / 'run'}" in out
+    assert err.strip().splitlines()[-1] == "vmamba: interrupted"
+    assert "Traceback" not in err

@@ -3,8 +3,9 @@
 import importlib
 import os
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from typing import NoReturn
 
 from vmamba import __version__
 from vmamba.errors import UserError, nearest
@@ -57,10 +58,24 @@ def _dispatch(arguments: list[str]) -> int:
         raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS) or '; see vmamba --help'}")
     module_name, summary = COMMANDS[name]
     module = importlib.import_module(module_name)
-    parser = ArgumentParser(f"vmamba {name}", description=summary[0].upper() + summary[1:] + ".")
+    parser = _Parser(f"vmamba {name}", description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False)
     module.add_arguments(parser)
-    module.run(parser.parse_args(arguments[1:]))
+    module.run(parser.parse(arguments[1:]))
     return 0
+
+
+class _Parser(ArgumentParser):
+    """Reports mistakes in one line, without the usage before it, and names the options that are near."""
+
+    def parse(self, arguments: Sequence[str]) -> Namespace:
+        args, unknown = self.parse_known_args(arguments)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            raise UserError(f"{self.prog} does not know '{unknown[0]}'{nearest(unknown[0], options)}")
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}")
 
 
 def _help() -> str:

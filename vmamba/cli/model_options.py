@@ -26,7 +26,9 @@ def add_model_options(parser: ArgumentParser) -> None:
     )
     group.add_argument("--interpolation", metavar="NAME", help="bicubic, bilinear, ...")
     run = parser.add_argument_group("run")
-    run.add_argument("--batch-size", type=_positive, default=128, metavar="N", help="images at a time (default: 128)")
+    run.add_argument(
+        "--batch-size", type=positive_integer, default=128, metavar="N", help="images at a time (default: 128)"
+    )
     run.add_argument("--amp", choices=AMP_CHOICES, default="none", help="autocast (default: none)")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
@@ -74,7 +76,8 @@ def _imagenet_names(num_classes: int) -> list[str] | None:
     return [name.split(",")[0] for name in ImageNetInfo(subset).label_descriptions()]
 
 
-def _positive(text: str) -> int:
+def positive_integer(text: str) -> int:
+    """Type of an option; argparse names the function in its message."""
     value = int(text)
     if value < 1:
         raise ValueError

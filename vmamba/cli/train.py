@@ -1,6 +1,5 @@
 """`vmamba train`."""
 
-import argparse
 import contextlib
 import dataclasses
 import errno
@@ -22,7 +21,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of the run, and one for each field of the configuration."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = "vmamba train [--config RECIPE | --resume RUN] [--data DATA] [--model NAME] [OPTIONS]"
     parser.epilog = "bundled recipes: " + ", ".join(name for name in bundled() if not name.startswith("_"))
     parser.add_argument(
         "--config",
@@ -100,14 +99,13 @@ def _train(args: Namespace, config: TrainConfig, folder: Path | None, content: d
 
 
 def _add_field(group: Any, field: dataclasses.Field) -> None:
-    dashed = "--" + field.name.replace("_", "-")
-    flags = [dashed] if "_" not in field.name else [dashed, "--" + field.name]
+    flag = "--" + field.name.replace("_", "-")
     # "%" would start a format of argparse.
     help_text = field.metadata["help"].replace("%", "%%")
     if field.type is bool or field.type == "bool":
-        group.add_argument(*flags, action=BooleanOptionalAction, default=None, help=help_text)
+        group.add_argument(flag, action=BooleanOptionalAction, default=None, help=help_text)
     else:
-        group.add_argument(*flags, metavar="VALUE", help=help_text)
+        group.add_argument(flag, metavar="VALUE", help=help_text)
 
 
 def _read_run(path: Path) -> tuple[Path, dict[str, Any]]:
