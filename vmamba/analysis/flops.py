@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba.layers import GatedSS2D, SelectiveSSM
-from vmamba.models import msvmamba, plainmamba
+from vmamba.models import msvmamba, plainmamba, spatialmamba
 from vmamba.models.efficientvmamba import EfficientVMamba
 from vmamba.models.vmamba import VMamba
 
@@ -152,6 +152,15 @@ def _not_counted(module: nn.Module, x: Tensor, y: Tensor) -> int:
     return -sum(linear.weight.numel() * len(x) for linear in module.modules() if isinstance(linear, nn.Linear))
 
 
+def _state_fusion(module: spatialmamba.StateFusion, x: Tensor, y: Tensor) -> int:
+    return y.numel() * module.kernels[0].numel()
+
+
+def _state_scan(module: spatialmamba.StructureAwareSSM, x: Tensor, y: Tensor) -> int:
+    """The step sizes, and 7 operations per state: C comes after the scan, as an elementwise product, which is free."""
+    return x.numel() * (module.rank + 7)
+
+
 PUBLISHED_RULES: dict[type[nn.Module], Rule] = {
     EfficientVMamba: {
         nn.Conv2d: _conv,
@@ -179,6 +188,14 @@ PUBLISHED_RULES: dict[type[nn.Module], Rule] = {
         nn.ReLU: _one_per_element,
         plainmamba.SnakeMixer: _snake_scan,
         ClassifierHead: _not_counted,
+    },
+    spatialmamba.SpatialMamba: {  # counted in training mode, where a batch norm costs as much as any other
+        nn.Conv2d: _conv,
+        nn.Linear: _linear,
+        nn.LayerNorm: _norm,
+        nn.BatchNorm2d: _norm,
+        spatialmamba.StateFusion: _state_fusion,
+        spatialmamba.StructureAwareSSM: _state_scan,
     },
     VMamba: {**FVCORE_RULE, GatedSS2D: _einsum_projections},
 }

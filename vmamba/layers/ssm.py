@@ -80,12 +80,7 @@ class SelectiveSSM(nn.Module):
             In float32, the sum over directions and visits, (batch, L, D), or another ``result`` of
             :func:`vmamba.ops.selective_scan`.
         """
-        return self.scan(u, *self.project(u), route, result)
-
-    def scan(
-        self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor | None, route: Tensor, result: Result = "merged"
-    ) -> Tensor:
-        """:meth:`forward` with what :meth:`project` returned; C may be None where the states are asked for."""
+        dt, B, C = self.project(u)
         return selective_scan(
             u,
             dt,

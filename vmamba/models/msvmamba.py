@@ -372,7 +372,7 @@ def _own_tensors(key: str, value: Tensor, low_first: bool) -> Iterator[tuple[str
         yield key, value.flatten(1) if is_kernel else value
         return
     scans = ("low", "full") if low_first else ("full", "low")
-    for scan, own in zip(scans, value.chunk(2), strict=True):
+    for scan, own in zip(scans, value.chunk(2), strict=False):
         if name[1] in ("A_log", "D"):
             own = own.unsqueeze(0)
         elif name[1] == "x_proj.weight":

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
@@ -32,7 +33,7 @@ from vmamba.models._builder import build_model
 from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
 from vmamba.models._vmamba_layout import is_published
-from vmamba.ops import get_route
+from vmamba.ops import get_route, selective_scan
 
 __all__ = ["SpatialMamba"]  # timm adds the entry points
 
@@ -55,31 +56,29 @@ class StateFusion(nn.Module):
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
-        self.convs = nn.ModuleList(
-            Conv2dNHWC(dim, dim, kernel_size=3, dilation=dilation, groups=dim, bias=False, **dd)
-            for dilation in DILATIONS
-        )
+        self.kernels = nn.Parameter(torch.empty(dim, len(DILATIONS), 3, 3, **dd))
         self.alpha = nn.Parameter(torch.empty(len(DILATIONS), **dd))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """All ones: the fusion starts as a plain sum of 27 samples."""
-        for parameter in self.parameters():
-            parameter.fill_(1.0)
+        self.kernels.fill_(1.0)
+        self.alpha.fill_(1.0)
 
     def forward(self, states: Tensor) -> Tensor:
+        kernels = self.alpha.view(1, -1, 1, 1).to(states.dtype) * self.kernels.to(states.dtype)
+        fused = torch.zeros_like(states)
         with _without_autocast(states.device.type):
-            return sum(
-                alpha * conv(_replicate_border(states, dilation))
-                for alpha, conv, dilation in zip(self.alpha, self.convs, DILATIONS, strict=True)
-            )
+            for kernel, dilation in zip(kernels.split(1, dim=1), DILATIONS, strict=True):
+                x = _replicate_border(states, dilation).permute(0, 3, 1, 2)
+                fused = fused + F.conv2d(x, kernel, dilation=dilation, groups=x.shape[1]).permute(0, 2, 3, 1)
+        return fused
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    # There is no autocast to leave on the device that computes nothing.
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def _replicate_border(x: Tensor, margin: int) -> Tensor:
@@ -110,7 +109,16 @@ class StructureAwareSSM(SelectiveSSM):
         size = u.shape[1], u.shape[2]
         sequence = u.flatten(1, 2)
         dt, B, C = self.project(sequence)
-        states = self.scan(sequence, dt, B, None, get_route("raster", *size, u.device), result="states")
+        states = selective_scan(
+            sequence,
+            dt,
+            -torch.exp(self.A_log.float()),
+            B,
+            dt_weight=self.dt_weight,
+            dt_bias=self.dt_bias,
+            route=get_route("raster", *size, u.device),
+            result="states",
+        )
         fused = self.fusion(states.flatten(1, 2).squeeze(-1).unflatten(1, size))
         # C observes the fused state, the skip passes the input by.
         return C.squeeze(-1).unflatten(1, size) * fused + self.D * u
@@ -214,8 +222,7 @@ _NAMES: Names = {
     r"\.self_attention\.A_logs$": ".mixer.ssm.A_log",
     r"\.self_attention\.Ds$": ".mixer.ssm.D",
     r"\.self_attention\.state_fusion\.alpha$": ".mixer.ssm.fusion.alpha",
-    r"\.self_attention\.state_fusion\.kernel_3$": ".mixer.ssm.fusion.convs.0.weight",
-    r"\.self_attention\.state_fusion\.kernel_3_(\d)$": r".mixer.ssm.fusion.convs.\1.weight",
+    r"\.self_attention\.state_fusion\.kernel_3": ".mixer.ssm.fusion.kernels",
 }
 
 
@@ -230,6 +237,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Te
     if not is_published(weights):
         return weights
     renamed = {rename(key, _mlla_layout.NAMES, _NAMES): value for key, value in weights.items()}
+    for name in [key for key in renamed if key.endswith(".fusion.kernels")]:
+        published = [name, f"{name}_1", f"{name}_2"]
+        if all(key in renamed for key in published):
+            renamed[name] = torch.cat([renamed.pop(key) for key in published], dim=1)
     # The only direction has no dimension of its own in published tensors.
     return {
         key: value.unsqueeze(0) if key.endswith((".dt_weight", ".dt_bias", ".A_log", ".ssm.D")) else value
