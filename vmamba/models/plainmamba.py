@@ -374,7 +374,7 @@ default_cfgs = generate_default_cfgs(
         "plainmamba_l2.in1k": _published("l2"),
         "plainmamba_l3.in1k": _published("l3"),
         "plainmamba_nano_32.untrained": _cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0),
-        "test_plainmamba.untrained": _cfg(input_size=(3, 160, 160), pool_size=(10, 10)),
+        "test_plainmamba.untrained": _cfg(input_size=(3, 64, 64), pool_size=(16, 16)),
     }
 )
 
@@ -426,5 +426,6 @@ def plainmamba_nano_32(pretrained: bool = False, **kwargs: Any) -> PlainMamba:
 @register_model
 def test_plainmamba(pretrained: bool = False, **kwargs: Any) -> PlainMamba:  # noqa: PT028
     """The smallest size that still has every part, for tests."""
-    model_args = {"depth": 4, "embed_dim": 32, "d_state": 4, "stem_convs": 2, "conv_tail": True, "img_size": 160}
+    small = {"depth": 4, "embed_dim": 16, "d_state": 4, "patch_size": 2, "img_size": 64}
+    model_args = {**small, "stem_convs": 2, "conv_tail": True}
     return _create_plainmamba("test_plainmamba", pretrained, **{**model_args, **kwargs})
