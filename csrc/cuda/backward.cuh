@@ -52,26 +52,19 @@ __device__ __forceinline__ float of_step(const float (&own)[Lanes<Group>::kOwn],
     }
 }
 
-// From each lane's share of eight values to the total of the steps it owns.
-template <int Group>
-__device__ __forceinline__ void sum_over_lanes(const float (&share)[Lanes<Group>::kSpan], float (&own)[Lanes<Group>::kOwn]) {
-    if constexpr (Lanes<Group>::kLanes == 1) {
+// From four lanes' shares of eight values to the totals of the two that each lane owns.
+__device__ __forceinline__ void sum_over_lanes(const float (&share)[8], float (&own)[2]) {
+    const bool upper = threadIdx.x & 2, odd = threadIdx.x & 1;
+    float half[4];
 #pragma unroll
-        for (int j = 0; j < Lanes<Group>::kSpan; ++j) own[j] = share[j];
-    } else {
-        static_assert(Lanes<Group>::kSpan == 8 && Lanes<Group>::kLanes == 4);
-        const bool upper = threadIdx.x & 2, odd = threadIdx.x & 1;
-        float half[4];
+    for (int j = 0; j < 4; ++j) {
+        const float mine = upper ? share[4 + j] : share[j], other = upper ? share[j] : share[4 + j];
+        half[j] = mine + __shfl_xor_sync(kFullWarp, other, 2);
+    }
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const float mine = upper ? share[4 + j] : share[j], other = upper ? share[j] : share[4 + j];
-            half[j] = mine + __shfl_xor_sync(kFullWarp, other, 2);
-        }
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const float mine = odd ? half[2 + j] : half[j], other = odd ? half[j] : half[2 + j];
-            own[j] = mine + __shfl_xor_sync(kFullWarp, other, 1);
-        }
+    for (int j = 0; j < 2; ++j) {
+        const float mine = odd ? half[2 + j] : half[j], other = odd ? half[j] : half[2 + j];
+        own[j] = mine + __shfl_xor_sync(kFullWarp, other, 1);
     }
 }
 
@@ -141,7 +134,7 @@ __device__ void store_row_grads(float* rows, int64_t features, const float* delt
 
 // Pass::summary: what a chunk hands to the one before it if nothing arrives from behind, and how much of an arriving
 // gradient survives. Pass::output: all gradients.
-template <typename T, int Group, bool OfStates, Pass pass>
+template <typename T, typename Grad, int Group, bool OfStates, Pass pass>
 __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(const __grid_constant__ BackwardArgs args) {
     using L = Lanes<Group>;
     constexpr bool kExact = std::is_same_v<T, float>;
@@ -158,6 +151,7 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
     const int column = warp * L::kWidth + lane / L::kLanes;         // channel within the tile
     const int64_t channel = first_channel + column;
     const bool active = channel < s.channels;
+    const int64_t safe_channel = active ? channel : s.channels - 1;
     const int64_t row = place.image * slices + place.slice;
     const int rank = static_cast<int>(s.rank), features = rank + 2 * Group;
 
@@ -178,12 +172,13 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
     }
 
     const Walk walk(s, place.image, direction);
-    const RowReader<T> u_rows(s.u, place.image, direction);
-    const T* u_column = u_rows.data + channel;
+    const Column<T> u_column(s.u, place.image, direction, safe_channel);
     // The gradient of the result: per position (merged) or per step; for states, per step, channel and state.
     const bool merged = s.result == Result::merged;
     const int64_t grad_base = merged ? place.image * s.length * s.channels + channel
                                      : (place.image * s.directions + direction) * s.steps * s.channels + channel;
+    const Rows grad_rows{static_cast<const Grad*>(args.grad) + grad_base - channel, 0, 0, s.channels};
+    const Column<Grad> grad_column(grad_rows, 0, 0, safe_channel);
 
     const int lane_state = first_state + part * kStates;  // the first state of this lane
     const int64_t carry_at = ((row * cut.chunks + place.chunk) * s.channels + channel) * Group + part * kStates;
@@ -195,11 +190,12 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
         g[n] = pass == Pass::output && args.carry && active ? args.carry[carry_at + n] : 0.f;
         dA[n] = 0.f;
     }
-    const float bias =
-        s.dt_bias.data && active ? s.dt_bias.data[direction * s.dt_bias.direction_stride + channel] * kLog2e : 0.f;
+    const Stepper<kExact> stepper(s.dt_bias, direction, safe_channel, s.dt_softplus);
     const float skip = s.D.data && active && first_state == 0 && !OfStates
                            ? s.D.data[direction * s.D.direction_stride + channel]
                            : 0.f;
+    const int du_size = Group == 1 || cut.groups == 1 ? sizeof(T) : sizeof(float);
+    const uint32_t du_stride = static_cast<uint32_t>(s.channels * du_size);
     float d_skip = 0.f, d_bias = 0.f, elapsed = 0.f, dropped = 0.f;
 
     const int64_t begin = place.chunk * cut.chunk_steps;
@@ -219,25 +215,23 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
         __syncwarp();
         for (int t = part; t < kPageSteps; t += L::kLanes)
             delta[t * stride + column] =
-                t < count ? step_log2<kExact>(delta[t * stride + column], bias, s.dt_softplus) : 0.f;
+                t < count ? stepper.step(delta[t * stride + column]) : 0.f;
         __syncwarp();
 
-        const auto read_u = [&](float (&u)[kOwn], int t) {
+        const auto read_u = [&](T (&u)[kOwn], int t) {
+#pragma unroll
+            for (int j = 0; j < kOwn; ++j) u[j] = u_column.at_or_zero(active ? page.at[t + part * kOwn + j] : -1);
+        };
+        const auto read_grad = [&](Grad (&dy)[kOwn], int t) {
 #pragma unroll
             for (int j = 0; j < kOwn; ++j) {
-                const int p = page.at[t + part * kOwn + j];
-                u[j] = p >= 0 && active ? to_float(u_column[p * u_rows.stride]) : 0.f;
+                const int step = t + part * kOwn + j, p = active && !OfStates ? page.at[step] : -1;
+                dy[j] = grad_column.at_or_zero(merged || p < 0 ? p : static_cast<int>(at) + step);
             }
         };
-        const auto read_grad = [&](float (&dy)[kOwn], int t) {
+        const auto as_floats = [](auto& to, const auto& from) {
 #pragma unroll
-            for (int j = 0; j < kOwn; ++j) {
-                const int step = t + part * kOwn + j, p = page.at[step];
-                const int64_t at_row = merged ? p : at + step;
-                dy[j] = p >= 0 && active && !OfStates
-                            ? load_as(args.grad, grad_base + at_row * s.channels, args.grad_dtype)
-                            : 0.f;
-            }
+            for (int j = 0; j < kOwn; ++j) to[j] = to_float(from[j]);
         };
         const auto states_grad = [&](int t, int n) {
             if (t >= count || !active || lane_state + n >= s.states) return 0.f;
@@ -248,8 +242,10 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
         if constexpr (pass == Pass::summary) {
             for (int span = spans - 1; span >= 0; --span) {
                 const int t = span * kSpan;
+                Grad raw_dy[kOwn];
                 float dy[kOwn];
-                read_grad(dy, t);
+                read_grad(raw_dy, t);
+                as_floats(dy, raw_dy);
 #pragma unroll
                 for (int j = kSpan - 1; j >= 0; --j) {
                     const float step = delta[(t + j) * stride + column], grad = of_step<Group>(dy, j);
@@ -273,14 +269,16 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
                                         (at + t) / kInterval) * s.channels + channel) * s.states +
                    lane_state;
         };
-        float u[kOwn], dy[kOwn], h[kStates];
-        read_u(u, (spans - 1) * kSpan);
-        read_grad(dy, (spans - 1) * kSpan);
+        float h[kStates];
+        T raw_u[kOwn];  // as read; the next span's are on their way while one is worked on
+        Grad raw_dy[kOwn];
+        read_u(raw_u, (spans - 1) * kSpan);
+        read_grad(raw_dy, (spans - 1) * kSpan);
         if constexpr (Group != 1) {
             // Forwards from the page's checkpoint: the state before each span.
 #pragma unroll
             for (int n = 0; n < kStates; ++n) h[n] = active && lane_state + n < s.states ? checkpoint(0)[n] : 0.f;
-            float ahead_u[kOwn];
+            T ahead_u[kOwn];
             read_u(ahead_u, 0);
             for (int span = 0; span < spans; ++span) {
                 const int t = span * kSpan;
@@ -288,8 +286,7 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
                 for (int n = 0; n < kStates; ++n) kept_states[(span * kStates + n) * blockDim.x + thread] = h[n];
                 if (span == spans - 1) break;
                 float span_u[kOwn];
-#pragma unroll
-                for (int j = 0; j < kOwn; ++j) span_u[j] = ahead_u[j];
+                as_floats(span_u, ahead_u);
                 read_u(ahead_u, t + kSpan);
 #pragma unroll
                 for (int j = 0; j < kSpan; ++j) {
@@ -310,10 +307,12 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
         // Backwards, a span at a time.
         for (int span = spans - 1; span >= 0; --span) {
             const int t = span * kSpan;
-            float next_u[kOwn], next_dy[kOwn], next_h = 0.f;
+            float u[kOwn], dy[kOwn], next_h = 0.f;
+            as_floats(u, raw_u);
+            as_floats(dy, raw_dy);
             if (span > 0) {
-                read_u(next_u, t - kSpan);
-                read_grad(next_dy, t - kSpan);
+                read_u(raw_u, t - kSpan);
+                read_grad(raw_dy, t - kSpan);
                 if constexpr (Group == 1) next_h = active ? checkpoint(t - kSpan)[0] : 0.f;
             }
             float decay[kSpan][kStates], before[kSpan][kStates];  // and the state before each step
@@ -335,88 +334,92 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
                     h[n] = fmaf(decay[j][n], h[n], gain * B[n]);
                 }
             }
-            float through_gain[kSpan], through_decay[kSpan];
-            float narrow_sums[2 * kSpan];  // with one state: all dB of the span, then all dC
+            // What a channel's step comes to, once its states are summed: gradients of u and of the raw step.
+            char* du = static_cast<char*>(args.du) + ((row * s.steps + at + t) * s.channels + channel) * du_size;
+            char* ddt = static_cast<char*>(args.ddt) + ((row * s.steps + at + t) * s.channels + channel) * du_size;
+            const auto finish = [&](int j, float input, float grad, float through_gain, float through_decay) {
+                float& slot = delta[(t + j) * stride + column];
+                const float step = slot, dt_grad = fmaf(through_gain, input, through_decay);
+                const float raw_grad = t + j < count ? dt_grad * stepper.slope(step) : 0.f;
+                const float u_grad = fmaf(through_gain, step * kLn2, skip * grad);
+                d_skip = fmaf(grad, input, d_skip);
+                d_bias += raw_grad;
+                slot = raw_grad;
+                const bool write = active && t + j < count;
+                const uint64_t offset = static_cast<uint64_t>(j) * du_stride;
+                if (Group == 1 || cut.groups == 1) {
+                    if (write) *reinterpret_cast<T*>(du + offset) = from_float<T>(u_grad);
+                    if (write && rank == 0) *reinterpret_cast<T*>(ddt + offset) = from_float<T>(raw_grad);
+                } else {
+                    if (write) *reinterpret_cast<float*>(du + offset) = u_grad;
+                    if (write && rank == 0) *reinterpret_cast<float*>(ddt + offset) = raw_grad;
+                }
+            };
 #pragma unroll
-            for (int j = kSpan - 1; j >= 0; --j) {
-                const float step = delta[(t + j) * stride + column];
-                const float grad = of_step<Group>(dy, j);
-                const float gain = step * kLn2 * of_step<Group>(u, j);
-                float B[kStates], C[kStates];
-                load_floats(B, page.gains + (t + j) * 2 * Group + part * kStates);
-                load_floats(C, page.gains + (t + j) * 2 * Group + Group + part * kStates);
-                float channel_sums[2 * kStates];
-                through_gain[j] = through_decay[j] = 0.f;
+            for (int half = kSpan / 8 - 1; half >= 0; --half) {
+                float through_gain[8], through_decay[8];
+                float narrow_sums[16];  // with one state: eight dB, then eight dC
 #pragma unroll
-                for (int n = 0; n < kStates; ++n) {
-                    g[n] = OfStates ? g[n] + states_grad(t + j, n) : fmaf(C[n], grad, g[n]);
-                    channel_sums[n] = g[n] * gain;
-                    channel_sums[kStates + n] = grad * h[n];
-                    through_gain[j] = fmaf(g[n], B[n], through_gain[j]);
-                    g[n] *= decay[j][n];
-                    h[n] = before[j][n];
-                    const float on_exponent = g[n] * h[n];
-                    through_decay[j] = fmaf(on_exponent, A[n], through_decay[j]);
-                    dA[n] = fmaf(on_exponent, step, dA[n]);
+                for (int i = 7; i >= 0; --i) {
+                    const int j = half * 8 + i;
+                    const float step = delta[(t + j) * stride + column];
+                    const float grad = of_step<Group>(dy, j), input = of_step<Group>(u, j);
+                    const float gain = step * kLn2 * input;
+                    float B[kStates], C[kStates];
+                    load_floats(B, page.gains + (t + j) * 2 * Group + part * kStates);
+                    load_floats(C, page.gains + (t + j) * 2 * Group + Group + part * kStates);
+                    float channel_sums[2 * kStates];
+                    through_gain[i] = through_decay[i] = 0.f;
+#pragma unroll
+                    for (int n = 0; n < kStates; ++n) {
+                        g[n] = OfStates ? g[n] + states_grad(t + j, n) : fmaf(C[n], grad, g[n]);
+                        channel_sums[n] = g[n] * gain;
+                        channel_sums[kStates + n] = grad * h[n];
+                        through_gain[i] = fmaf(g[n], B[n], through_gain[i]);
+                        g[n] *= decay[j][n];
+                        h[n] = before[j][n];
+                        const float on_exponent = g[n] * h[n];
+                        through_decay[i] = fmaf(on_exponent, A[n], through_decay[i]);
+                        dA[n] = fmaf(on_exponent, step, dA[n]);
+                    }
+                    if constexpr (Group == 1) {
+                        narrow_sums[i] = channel_sums[0];
+                        narrow_sums[8 + i] = channel_sums[1];
+                        finish(j, input, grad, through_gain[i], through_decay[i]);
+                    } else {
+                        // Lane bits from 16 down spell the value: dB or dC, then the state within the lane's four.
+                        const float total = scatter_sum<2 * kStates, 16>(channel_sums);
+                        const int value = lane / 4, kind = value / 4, state = part * kStates + value % 4;
+                        sums[((span & 1) * kSpan + j) * warps * 2 * Group + warp * 2 * Group + kind * Group + state] =
+                            total;
+                    }
                 }
                 if constexpr (Group == 1) {
-                    narrow_sums[j] = channel_sums[0];
-                    narrow_sums[kSpan + j] = channel_sums[1];
+                    // Lane bits from 16 down to 2 spell dB or dC, then the step.
+                    float total = scatter_sum<16, 16>(narrow_sums);
+                    total += __shfl_xor_sync(kFullWarp, total, 1);
+                    const int step = t + half * 8 + lane / 2 % 8;
+                    if (lane % 2 == 0) sums[(step * warps + warp) * 2 + lane / 16] = total;
                 } else {
-                    // Lane bits from 16 down spell the value: dB or dC, then the state within the lane's four.
-                    const float total = scatter_sum<2 * kStates, 16>(channel_sums);
-                    const int value = lane / 4, kind = value / 4, state = part * kStates + value % 4;
-                    sums[((span & 1) * kSpan + j) * warps * 2 * Group + warp * 2 * Group + kind * Group + state] =
-                        total;
-                }
-            }
-
-            float own_gain[kOwn], own_decay[kOwn];
-            sum_over_lanes<Group>(through_gain, own_gain);
-            sum_over_lanes<Group>(through_decay, own_decay);
-            __syncwarp();
+                    float own_gain[kOwn], own_decay[kOwn];
+                    sum_over_lanes(through_gain, own_gain);
+                    sum_over_lanes(through_decay, own_decay);
+                    __syncwarp();
 #pragma unroll
-            for (int j = 0; j < kOwn; ++j) {
-                const int step = t + part * kOwn + j;
-                const float log2_step = delta[step * stride + column];
-                const float dt_grad = fmaf(own_gain[j], u[j], own_decay[j]);
-                const float raw_grad =
-                    step < count ? (s.dt_softplus ? dt_grad * softplus_slope(log2_step) : dt_grad) : 0.f;
-                const float u_grad = fmaf(own_gain[j], log2_step * kLn2, skip * dy[j]);
-                d_skip = fmaf(dy[j], u[j], d_skip);
-                d_bias += raw_grad;
-                delta[step * stride + column] = raw_grad;
-                if (step < count && active) {
-                    const int64_t to = (row * s.steps + at + step) * s.channels + channel;
-                    if (cut.groups == 1) {
-                        static_cast<T*>(args.du)[to] = from_float<T>(u_grad);
-                        if (rank == 0) static_cast<T*>(args.ddt)[to] = from_float<T>(raw_grad);
-                    } else {
-                        static_cast<float*>(args.du)[to] = u_grad;
-                        if (rank == 0) static_cast<float*>(args.ddt)[to] = raw_grad;
+                    for (int j = 0; j < kOwn; ++j)
+                        finish(part * kOwn + j, u[j], dy[j], own_gain[j], own_decay[j]);
+                    // Two buffers: the next span fills the other one while this one is added up.
+                    __syncthreads();
+                    float* rows = args.rows + ((row * cut.tiles + place.tile) * s.steps + at + t) * features + rank;
+                    for (int v = thread; v < kSpan * 2 * Group; v += blockDim.x) {
+                        const int j = v / (2 * Group), f = v % (2 * Group);
+                        const float* source = sums + ((span & 1) * kSpan + j) * warps * 2 * Group + f;
+                        float total = 0.f;
+                        for (int w = 0; w < warps; ++w) total += source[w * 2 * Group];
+                        if (t + j < count) rows[j * features + f] = total;
                     }
                 }
             }
-            __syncwarp();
-
-            if constexpr (Group == 1) {
-                // Lane bits from 16 down spell dB or dC, then the step.
-                const float total = scatter_sum<2 * kSpan, 16>(narrow_sums);
-                sums[((t + lane % kSpan) * warps + warp) * 2 + lane / kSpan] = total;
-            } else {
-                // Two buffers: the next span fills the other one while this one is added up.
-                __syncthreads();
-                float* rows = args.rows + ((row * cut.tiles + place.tile) * s.steps + at + t) * features + rank;
-                for (int v = thread; v < kSpan * 2 * Group; v += blockDim.x) {
-                    const int j = v / (2 * Group), f = v % (2 * Group);
-                    const float* source = sums + ((span & 1) * kSpan + j) * warps * 2 * Group + f;
-                    float total = 0.f;
-                    for (int w = 0; w < warps; ++w) total += source[w * 2 * Group];
-                    if (t + j < count) rows[j * features + f] = total;
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < kOwn; ++j) u[j] = next_u[j], dy[j] = next_dy[j];
             if constexpr (Group == 1) h[0] = next_h;
         }
 
@@ -466,12 +469,12 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
         params[(Group + 2 + r) * s.channels] = weight_grads[column * rank_stride(rank) + r];
 }
 
-template <typename T, int Group, bool OfStates, Pass pass>
+template <typename T, typename Grad, int Group, bool OfStates, Pass pass>
 void launch_backward_kernel(const BackwardArgs& args, cudaStream_t stream) {
     const Cut& cut = args.cut;
     const int64_t blocks = args.scan.batch * args.scan.directions * cut.groups * cut.tiles * cut.chunks;
     const int64_t bytes = BackwardShared(static_cast<int>(args.scan.rank), Group, cut.tile).bytes;
-    launch(backward_kernel<T, Group, OfStates, pass>, blocks, cut.tile * Lanes<Group>::kLanes, bytes, stream, args);
+    launch(backward_kernel<T, Grad, Group, OfStates, pass>, blocks, cut.tile * Lanes<Group>::kLanes, bytes, stream, args);
 }
 
 // One compilation unit per input dtype instantiates this.
@@ -481,8 +484,15 @@ void backward_pass(const BackwardArgs& args, Pass pass, cudaStream_t stream) {
     const auto run = [&](auto group, auto of_states) {
         constexpr int kGroup = decltype(group)::value;
         constexpr bool kOfStates = decltype(of_states)::value;
-        if (pass == Pass::summary) return launch_backward_kernel<T, kGroup, kOfStates, Pass::summary>(args, stream);
-        launch_backward_kernel<T, kGroup, kOfStates, Pass::output>(args, stream);
+        // Gradients of states are read as they come, of channels as float or T.
+        using Narrow = std::conditional_t<kOfStates, float, T>;
+        const bool as_float = kOfStates || args.grad_dtype == Scalar::f32;
+        if (pass == Pass::summary) {
+            if (as_float) return launch_backward_kernel<T, float, kGroup, kOfStates, Pass::summary>(args, stream);
+            return launch_backward_kernel<T, Narrow, kGroup, kOfStates, Pass::summary>(args, stream);
+        }
+        if (as_float) return launch_backward_kernel<T, float, kGroup, kOfStates, Pass::output>(args, stream);
+        launch_backward_kernel<T, Narrow, kGroup, kOfStates, Pass::output>(args, stream);
     };
     using One = std::integral_constant<int, 1>;
     using Wide = std::integral_constant<int, kWideGroup>;

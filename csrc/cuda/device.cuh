@@ -44,6 +44,13 @@ __device__ __forceinline__ uint32_t divide(uint32_t x, const Divisor& divisor) {
     return (__umulhi(x, divisor.multiplier) + static_cast<uint64_t>(x)) >> divisor.shift;
 }
 
+// base + a * b, in one instruction.
+__device__ __forceinline__ const char* offset_by(const char* base, uint32_t a, uint32_t b) {
+    uint64_t address;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(a), "r"(b), "l"(reinterpret_cast<uint64_t>(base)));
+    return reinterpret_cast<const char*>(address);
+}
+
 // A load or store whose element type is known at run time only; the branch is the same for a whole grid.
 __device__ __forceinline__ float load_as(const void* data, int64_t index, Scalar type) {
     if (type == Scalar::f32) return static_cast<const float*>(data)[index];
@@ -67,9 +74,9 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
-// log2(1 + e) for e in [0, 1] as e times a polynomial: relative error 2e-7 (Exact) or 9e-6, also where e is tiny.
+// log2(1 + e) / e for e in [0, 1]: relative error 2e-7 (Exact) or 9e-6, also where e is tiny.
 template <bool Exact>
-__device__ __forceinline__ float log2_1p(float e, float plus) {
+__device__ __forceinline__ float log2_1p_ratio(float e) {
     float p;
     if constexpr (Exact) {
         p = 0.0075491657f;
@@ -89,21 +96,34 @@ __device__ __forceinline__ float log2_1p(float e, float plus) {
         p = fmaf(p, e, -0.72042614f);
         p = fmaf(p, e, 1.4426829f);
     }
-    return fmaf(p, e, plus);
+    return p;
 }
 
-// softplus in log2 units: log2(1 + 2^x). Above 20 nats this is x to the last bit.
+// From a raw step to a step in log2 units: x = (raw + bias) / ln 2, then log2(1 + 2^x) where softplus is asked for.
+// Whether it is, is two numbers rather than a branch, so that the steps of an unrolled loop overlap.
 template <bool Exact>
-__device__ __forceinline__ float softplus_log2(float x) {
-    return log2_1p<Exact>(exp2_fast(-fabsf(x)), fmaxf(x, 0.f));
-}
+struct Stepper {
+    float bias = 0.f;         // / ln 2
+    float floor = 0.f;        // -inf without softplus
+    float with_softplus = 1.f;  // 0 without
 
-// d softplus(x) / dx = 1 - exp(-softplus(x)), from the softplus in log2 units.
-__device__ __forceinline__ float softplus_slope(float log2_softplus) {
-    const float v = log2_softplus * kLn2;
-    const float series = v * fmaf(v, fmaf(v, fmaf(v, -1.f / 24.f, 1.f / 6.f), -0.5f), 1.f);
-    return v < 0.08f ? series : 1.f - exp2_fast(-log2_softplus);
-}
+    __device__ Stepper(const Param& dt_bias, int direction, int64_t channel, bool softplus) {
+        if (dt_bias.data) bias = dt_bias.data[direction * dt_bias.direction_stride + channel] * kLog2e;
+        if (!softplus) floor = -INFINITY, with_softplus = 0.f;
+    }
+    __device__ __forceinline__ float step(float raw) const {
+        const float x = fmaf(raw, kLog2e, bias);
+        const float e = exp2_fast(-fabsf(x)) * with_softplus;
+        return fmaf(e, log2_1p_ratio<Exact>(e), fmaxf(x, floor));
+    }
+    // d step / d raw, from the step: 1 - exp(-softplus(x)) with softplus, else 1.
+    __device__ __forceinline__ float slope(float step) const {
+        const float v = step * kLn2;
+        const float series = v * fmaf(v, fmaf(v, fmaf(v, -1.f / 24.f, 1.f / 6.f), -0.5f), 1.f);
+        const float slope = v < 0.08f ? series : 1.f - exp2_fast(-step);
+        return fmaf(slope, with_softplus, 1.f - with_softplus);
+    }
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tensor cores: 16x8 += 16x8 * 8x8 in tf32. Exact adds the two cross products of a split into high and low parts.
@@ -178,15 +198,32 @@ __device__ __forceinline__ int position(const int32_t* table, int64_t t, int64_t
     return static_cast<uint32_t>(p) < static_cast<uint64_t>(length) ? p : -1;
 }
 
+// A column of an activation: one feature at every position of an (image, direction). Positions and strides multiply to 64
+// bits in one instruction; check_supported sees to it that the stride fits.
 template <typename T>
-struct RowReader {
-    const T* data;
-    int64_t stride;
-    __device__ RowReader(const Rows& rows, int64_t image, int direction)
-        : data(static_cast<const T*>(rows.data) + image * rows.image_stride + direction * rows.direction_stride),
-          stride(rows.position_stride) {}
-    __device__ __forceinline__ const T* at(int position) const { return data + position * stride; }
+struct Column {
+    const char* data;
+    uint32_t stride;  // bytes
+    __device__ Column(const Rows& rows, int64_t image, int direction, int64_t feature)
+        : data(reinterpret_cast<const char*>(static_cast<const T*>(rows.data) + image * rows.image_stride +
+                                             direction * rows.direction_stride + feature)),
+          stride(static_cast<uint32_t>(rows.position_stride * sizeof(T))) {}
+    __device__ __forceinline__ T at(int position) const {
+        return __ldg(reinterpret_cast<const T*>(offset_by(data, position, stride)));
+    }
+    // Zero where nothing is read. Kept as T: a conversion here would wait for the load.
+    __device__ __forceinline__ T at_or_zero(int position) const {
+        T value = from_float<T>(0.f);
+        if (position >= 0) value = at(position);
+        return value;
+    }
 };
+
+// Byte offset of a position in the merged result of 16 channels (fused.cuh). The exclusive-or spreads the positions that
+// the four lanes of a channel pair touch together, which lie 16 rows or columns apart, over the banks.
+__device__ __forceinline__ uint32_t merged_offset(uint32_t position) {
+    return position * 64 ^ (((position >> 1) * 9 >> 1) & 0x60);
+}
 
 // The tables of one (image, direction).
 struct Walk {
@@ -234,25 +271,23 @@ __device__ void stage_rows(const PageStore& page, const Scan& s, int64_t image, 
     for (int f = threadIdx.x % kLanes; f < features; f += kLanes) {
         const bool of_dt = f < rank, of_c = f >= rank + Group;
         const int state = f - rank - (of_c ? Group : 0);
-        const Rows& source = of_dt ? s.dt : of_c ? s.C : s.B;
-        const bool there = of_dt || (state < states && source.data);
-        const T* data = static_cast<const T*>(source.data) + image * source.image_stride +
-                        direction * source.direction_stride + (of_dt ? f : first_state + state);
+        const Rows& source = of_dt ? s.dt : of_c && s.C.data ? s.C : s.B;
+        const bool there = of_dt || (state < states && (!of_c || s.C.data));
+        const Column<T> column(source, image, direction, of_dt ? f : there ? first_state + state : 0);
         float* to = of_dt ? page.low + f : page.gains + (of_c ? Group : 0) + state;
         const int to_stride = of_dt ? rank_stride(rank) : 2 * Group;
         for (int t = first_row; t < kPageSteps; t += rows * kBatch) {
             T value[kBatch];
+            bool read[kBatch];
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
-                const int row = t + i * rows;
-                bool read = row < kPageSteps && there;
-                const int p = read ? page.row_at[row] : -1;
-                read = p >= 0 && (!of_c || page.at[row] >= 0);
-                value[i] = read ? data[p * source.position_stride] : from_float<T>(0.f);
+                const int row = min(t + i * rows, kPageSteps - 1), p = page.row_at[row];
+                read[i] = there && p >= 0 && (!of_c || page.at[row] >= 0);
+                value[i] = column.at(max(p, 0));
             }
 #pragma unroll
             for (int i = 0; i < kBatch; ++i)
-                if (t + i * rows < kPageSteps) to[(t + i * rows) * to_stride] = to_float(value[i]);
+                if (t + i * rows < kPageSteps) to[(t + i * rows) * to_stride] = read[i] ? to_float(value[i]) : 0.f;
         }
     }
 }
@@ -281,11 +316,13 @@ template <bool Exact>
 __device__ inline void stage_weights(float* weights, const Scan& s, int direction, int first_channel, int tile) {
     const int rank = static_cast<int>(s.rank), stride = rank_stride(rank);
     const float* source = s.dt_weight.data + direction * s.dt_weight.direction_stride;
-    for (int i = threadIdx.x; i < tile * stride; i += blockDim.x) {
-        const int c = i / stride, r = i % stride;
-        const bool there = r < rank && first_channel + c < s.channels;
-        const float weight = there ? source[static_cast<int64_t>(first_channel + c) * rank + r] : 0.f;
-        weights[i] = Exact ? weight : __uint_as_float(to_tf32(weight));
+    constexpr int kLanes = 8;
+    for (int c = threadIdx.x / kLanes; c < tile; c += blockDim.x / kLanes) {
+        for (int r = threadIdx.x % kLanes; r < stride; r += kLanes) {
+            const bool there = r < rank && first_channel + c < s.channels;
+            const float weight = there ? source[static_cast<int64_t>(first_channel + c) * rank + r] : 0.f;
+            weights[c * stride + r] = Exact ? weight : __uint_as_float(to_tf32(weight));
+        }
     }
 }
 
@@ -296,13 +333,16 @@ __device__ void expand_steps(float* delta, int stride, const PageStore& page, co
                              int64_t image, int direction, int first_channel, int warp_channel, int count) {
     const int lane = threadIdx.x % 32;
     if (s.rank == 0) {
-        const RowReader<T> dt(s.dt, image, direction);
-        constexpr int kRows = 32 / Width;
+        constexpr int kRows = 32 / Width, kBatch = 8;
         const int c = warp_channel + lane % Width, channel = first_channel + c;
-#pragma unroll 4
-        for (int t = lane / Width; t < count; t += kRows) {
-            const int p = page.row_at[t];
-            delta[t * stride + c] = p >= 0 && channel < s.channels ? to_float(dt.at(p)[channel]) : 0.f;
+        const Column<T> dt(s.dt, image, direction, min(static_cast<int64_t>(channel), s.channels - 1));
+        for (int t = lane / Width; t < count; t += kRows * kBatch) {
+            T value[kBatch];
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) value[i] = dt.at_or_zero(page.row_at[min(t + i * kRows, kPageSteps - 1)]);
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i)
+                if (t + i * kRows < kPageSteps) delta[(t + i * kRows) * stride + c] = to_float(value[i]);
         }
         return;
     }
@@ -328,13 +368,6 @@ __device__ void expand_steps(float* delta, int stride, const PageStore& page, co
             *reinterpret_cast<float2*>(out + 8 * stride) = make_float2(acc[n][2], acc[n][3]);
         }
     }
-}
-
-// Steps in log2 units from raw ones.
-template <bool Exact>
-__device__ __forceinline__ float step_log2(float raw, float bias_log2, bool softplus) {
-    const float x = fmaf(raw, kLog2e, bias_log2);
-    return softplus ? softplus_log2<Exact>(x) : x;
 }
 
 }  // namespace vmamba::cuda

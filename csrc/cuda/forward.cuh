@@ -24,16 +24,14 @@ struct ForwardShared {
 };
 
 template <typename T>
-__device__ __forceinline__ void read_ahead(float (&u)[kAhead], const int* at, const T* source, int64_t stride,
-                                           bool active) {
+__device__ __forceinline__ void read_ahead(T (&u)[kAhead], const int* at, const Column<T>& column) {
     int4 positions[kAhead / 4];
 #pragma unroll
     for (int j = 0; j < kAhead / 4; ++j) positions[j] = reinterpret_cast<const int4*>(at)[j];
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
         const int4 four = positions[j / 4];
-        const int p = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
-        u[j] = p >= 0 && active ? to_float(source[p * stride]) : 0.f;
+        u[j] = column.at_or_zero(j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w);
     }
 }
 
@@ -49,6 +47,7 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
     const int thread = threadIdx.x, warp_channel = thread / 32 * 32;
     const int64_t channel = first_channel + thread;
     const bool active = channel < s.channels;
+    const int64_t safe_channel = active ? channel : s.channels - 1;  // read, but not written, by threads behind the last
     const int64_t row = place.image * slices + place.slice;
 
     extern __shared__ __align__(16) float shared[];
@@ -63,8 +62,7 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
     constexpr bool kExact = std::is_same_v<T, float>;
     constexpr int64_t kInterval = checkpoint_interval(Group);  // between checkpoints
     const Walk walk(s, place.image, direction);
-    const RowReader<T> u_rows(s.u, place.image, direction);
-    const T* u_column = u_rows.data + channel;
+    const Column<T> u_column(s.u, place.image, direction, safe_channel);
     float A[Group], h[Group];
     const int64_t states_here = min(static_cast<int64_t>(Group), s.states - first_state);
     const int64_t carry_at = ((row * cut.chunks + place.chunk) * s.channels + channel) * Group;
@@ -74,25 +72,33 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
         A[n] = there ? s.A.data[direction * s.A.direction_stride + channel * s.states + first_state + n] : 0.f;
         h[n] = pass == Pass::output && args.carry && active ? args.carry[carry_at + n] : 0.f;
     }
-    const float bias =
-        s.dt_bias.data && active ? s.dt_bias.data[direction * s.dt_bias.direction_stride + channel] * kLog2e : 0.f;
+    const Stepper<kExact> stepper(s.dt_bias, direction, safe_channel, s.dt_softplus);
     const float skip = s.D.data && active && first_state == 0 && !OfStates
                            ? s.D.data[direction * s.D.direction_stride + channel]
                            : 0.f;
     float elapsed = 0.f, dropped = 0.f;
 
-    Out* out = static_cast<Out*>(args.out) + row * s.steps * s.channels + channel;
-    if (s.rank) clear_low(page.low, static_cast<int>(s.rank));
+    // Rows of the result and checkpoints are written one after the other: walking pointers.
+    const uint32_t out_stride = static_cast<uint32_t>(s.channels * (OfStates ? s.states : 1) * sizeof(Out));
+    const int64_t out_rows = OfStates ? place.image * s.directions + direction : row;
     const int64_t begin = place.chunk * cut.chunk_steps;
     const int64_t end = min(begin + cut.chunk_steps, s.steps);
+    char* out = reinterpret_cast<char*>(static_cast<Out*>(args.out) +
+                                        ((out_rows * s.steps + begin) * s.channels + channel) *
+                                            (OfStates ? s.states : 1) + (OfStates ? first_state : 0));
+    float* kept = args.checkpoints
+                      ? args.checkpoints + (((place.image * s.directions + direction) * args.checkpoint_count +
+                                             begin / kInterval) * s.channels + channel) * s.states + first_state
+                      : nullptr;
+    if (s.rank) clear_low(page.low, static_cast<int>(s.rank));
     for (int64_t at = begin; at < end; at += kPageSteps) {
         const int count = static_cast<int>(min(static_cast<int64_t>(kPageSteps), end - at));
         __syncthreads();
         stage_positions(page, walk, at, count);
         __syncthreads();
         stage_rows<T, Group>(page, s, place.image, direction, first_state);
-        float u[kAhead];
-        read_ahead(u, page.at, u_column, u_rows.stride, active);
+        T u[kAhead];
+        read_ahead(u, page.at, u_column);
         __syncthreads();
         expand_steps<T, 32>(delta, stride, page, weights, s, place.image, direction, first_channel, warp_channel,
                             count);
@@ -101,27 +107,25 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
         // One span of eight steps; a whole one needs no look at the end of the chunk.
         const auto run = [&](int t, auto whole) {
             constexpr bool kWhole = decltype(whole)::value;
-            float next_u[kAhead];
-            if (t + kAhead < count) read_ahead(next_u, page.at + t + kAhead, u_column, u_rows.stride, active);
-            if (pass == Pass::output && args.checkpoints && active && t % kInterval == 0) {
-                float* kept = args.checkpoints +
-                              (((place.image * s.directions + direction) * args.checkpoint_count +
-                                (at + t) / kInterval) * s.channels + channel) * s.states + first_state;
+            T next_u[kAhead];
+            read_ahead(next_u, page.at + min(t + kAhead, kPageSteps - kAhead), u_column);
+            if (pass == Pass::output && kept && t % kInterval == 0) {
 #pragma unroll
                 for (int n = 0; n < Group; ++n)
-                    if (n < states_here) kept[n] = h[n];
+                    if (active && n < states_here) kept[n] = h[n];
+                kept += s.channels * s.states;
             }
 #pragma unroll
             for (int j = 0; j < kAhead; ++j) {
                 if (!kWhole && t + j >= count) break;
-                const float raw = delta[(t + j) * stride + thread];
-                const float step = step_log2<kExact>(raw, bias, s.dt_softplus);
-                const float gain = step * kLn2 * u[j];
+                const float input = to_float(u[j]);
+                const float step = stepper.step(delta[(t + j) * stride + thread]);
+                const float gain = step * kLn2 * input;
                 const float drop = walk.reset ? page.drop[t + j] : 0.f;
                 float B[Group], C[Group];
                 load_floats(B, page.gains + (t + j) * 2 * Group);
                 if constexpr (pass == Pass::output) load_floats(C, page.gains + (t + j) * 2 * Group + Group);
-                float y = skip * u[j];
+                float y = skip * input;
                 if constexpr (pass == Pass::summary) {
                     elapsed += step;
                     dropped += drop;
@@ -132,18 +136,18 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
                     h[n] = fmaf(decay, h[n], gain * B[n]);
                     if constexpr (pass == Pass::output && !OfStates) y = fmaf(C[n], h[n], y);
                 }
-                if constexpr (pass == Pass::output && OfStates) {
-                    const int64_t to = (((place.image * s.directions + direction) * s.steps + at + t + j) *
-                                            s.channels + channel) * s.states + first_state;
-                    Out* states = static_cast<Out*>(args.out) + to;
+                if constexpr (pass == Pass::output) {
+                    Out* to = reinterpret_cast<Out*>(out + static_cast<uint64_t>(j) * out_stride);
+                    if constexpr (OfStates) {
 #pragma unroll
-                    for (int n = 0; n < Group; ++n)
-                        if (active && n < states_here) states[n] = from_float<Out>(h[n]);
-                }
-                if constexpr (pass == Pass::output && !OfStates) {
-                    if (active) out[(at + t + j) * s.channels] = from_float<Out>(y);
+                        for (int n = 0; n < Group; ++n)
+                            if (active && n < states_here) to[n] = from_float<Out>(h[n]);
+                    } else {
+                        if (active) *to = from_float<Out>(y);
+                    }
                 }
             }
+            out += static_cast<uint64_t>(kAhead) * out_stride;
 #pragma unroll
             for (int j = 0; j < kAhead; ++j) u[j] = next_u[j];
         };

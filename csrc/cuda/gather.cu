@@ -59,6 +59,25 @@ __global__ void order_visits(const ListArgs args) {
     args.visits.last[i] = first;
 }
 
+// One block per direction, with a bit per position in shared memory to find revisits.
+__global__ void prepare_route_kernel(Table<int32_t> table, int64_t steps, int64_t length, PreparedRoute prepared) {
+    extern __shared__ uint32_t visited[];
+    for (int64_t i = threadIdx.x; i < (length + 31) / 32; i += blockDim.x) visited[i] = 0;
+    __syncthreads();
+    const int64_t base = blockIdx.x * prepared.padded;
+    bool again = false, nowhere = false;
+    for (int64_t t = threadIdx.x; t < prepared.padded; t += blockDim.x) {
+        const int p = t < steps ? position(table.data + blockIdx.x * table.direction_stride, t, length) : kBehind;
+        if (p >= 0) again |= atomicOr(visited + p / 32, 1u << (p % 32)) >> (p % 32) & 1;
+        nowhere |= p == kNowhere;
+        prepared.places[base + t] = p;
+        prepared.offsets[base + t] = merged_offset(max(p, 0));
+    }
+    again = __syncthreads_or(again);
+    nowhere = __syncthreads_or(nowhere);
+    if (threadIdx.x == 0) prepared.flags[blockIdx.x] = (again ? kRevisits : 0) | (nowhere ? kSomeNowhere : 0);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Sums along the lists
 // ---------------------------------------------------------------------------------------------------------------------
@@ -314,6 +333,11 @@ void list_visits(const Scan& scan, const Table<int32_t>& table, const Visits& vi
     check(cudaMemsetAsync(visits.last, 0xff, args.tables * args.length * sizeof(int32_t), stream));
     launch(link_visits, blocks_for(args.tables * args.steps), kThreads, 0, stream, args);
     launch(order_visits, blocks_for(args.tables * args.length), kThreads, 0, stream, args);
+}
+
+void prepare_route(const Scan& scan, const PreparedRoute& route, cudaStream_t stream) {
+    launch(prepare_route_kernel, scan.directions, 1024, ceil_div(scan.length, 32) * 4, stream, scan.route, scan.steps,
+           scan.length, route);
 }
 
 void gather(const GatherArgs& args, cudaStream_t stream) {

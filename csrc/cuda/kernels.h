@@ -26,6 +26,25 @@ struct ForwardArgs {
     float* decay = nullptr;       // summary: how much of a state survives every chunk
 };
 
+// A table as the fused forward reads it, padded to whole rounds of tiles.
+struct PreparedRoute {
+    int32_t* places = nullptr;    // (K, padded): position, kNowhere for a step that only decays, kBehind for padding
+    uint32_t* offsets = nullptr;  // (K, padded): byte offset of the position in the merged result
+    int32_t* flags = nullptr;     // (K): kRevisits, kSomeNowhere
+    int64_t padded = 0;
+};
+constexpr int kNowhere = -1, kBehind = -2;
+constexpr int kRevisits = 1, kSomeNowhere = 2;
+void prepare_route(const Scan& scan, const PreparedRoute& route, cudaStream_t stream);
+
+struct FusedArgs {
+    Scan scan;
+    void* out = nullptr;
+    float* checkpoints = nullptr;
+    int64_t checkpoint_count = 0;
+    PreparedRoute route;
+};
+
 struct BackwardArgs {
     Scan scan;
     Cut cut;
@@ -44,6 +63,8 @@ struct BackwardArgs {
 
 template <typename T>
 void forward_pass(const ForwardArgs& args, Pass pass, bool float_out, cudaStream_t stream);
+template <typename T>
+void fused_forward(const FusedArgs& args, bool float_out, cudaStream_t stream);
 template <typename T>
 void backward_pass(const BackwardArgs& args, Pass pass, cudaStream_t stream);
 

@@ -60,6 +60,40 @@ inline Cut backward_cut(const Scan& scan) {
     return scan.states == 1 ? cut(scan, 192, 1, 132 * 16) : cut(scan, 64, 4, 132 * 16);
 }
 
+// Shared memory of the fused forward (fused.cuh): the merged result of 16 channels, and the warps' end states.
+constexpr int64_t fused_merged_bytes(int64_t length) { return (length + 1) / 2 * 2 * 16 * 4; }
+constexpr int64_t fused_shared_bytes(int64_t length) { return fused_merged_bytes(length) + 2 * 8 * 8 * 16; }
+
+constexpr int kFusedTileSteps = 64;  // of a warp
+constexpr int kFusedWarps = 8;       // at most
+
+// Warps of a block: as many as make the fewest rounds over the steps, and no more.
+inline int fused_warps(int64_t steps) {
+    const int64_t tiles = std::max<int64_t>(1, ceil_div(steps, kFusedTileSteps));
+    return static_cast<int>(ceil_div(tiles, ceil_div(tiles, kFusedWarps)));
+}
+inline int64_t fused_padded_steps(int64_t steps) { return round_up(steps, fused_warps(steps) * kFusedTileSteps); }
+
+// Whether the fused forward takes this scan: one state, 16-bit inputs, one table, dt, B and C side by side in one row as
+// models make them, and a map whose result for 16 channels fits in shared memory.
+inline bool fused_takes(const Scan& s, int64_t shared_bytes) {
+    const auto at = [](const Rows& rows) { return reinterpret_cast<uintptr_t>(rows.data); };
+    const auto same_strides = [](const Rows& a, const Rows& b) {
+        return a.image_stride == b.image_stride && a.direction_stride == b.direction_stride &&
+               a.position_stride == b.position_stride;
+    };
+    const auto in_pairs = [&](const Rows& rows) {
+        return at(rows) % 4 == 0 && rows.image_stride % 2 == 0 && rows.direction_stride % 2 == 0 &&
+               rows.position_stride % 2 == 0;
+    };
+    const bool packed = at(s.B) == at(s.dt) + 2 * s.rank && at(s.C) == at(s.B) + 2 && same_strides(s.dt, s.B) &&
+                        same_strides(s.dt, s.C);
+    return s.result == Result::merged && s.states == 1 && s.dtype != Scalar::f32 && s.dt_softplus && s.rank > 0 &&
+           s.rank % 2 == 0 && s.rank + 2 <= 64 && s.channels % 16 == 0 && packed && in_pairs(s.dt) && in_pairs(s.u) &&
+           s.u.direction_stride == 0 && s.route.image_stride == 0 && s.param_route.data == s.route.data &&
+           !s.reset.data && fused_shared_bytes(s.length) <= shared_bytes && s.steps > 0 && s.steps < (1 << 20);
+}
+
 // Division of 32-bit numbers by a divisor known when a kernel is launched.
 struct Divisor {
     uint32_t by = 1, multiplier = 0, shift = 0;

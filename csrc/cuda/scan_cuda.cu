@@ -44,22 +44,51 @@ Scalar partial_dtype(const Scan& scan, const Cut& cut) {
     return scan.dtype == Scalar::bf16 && cut.groups == 1 ? Scalar::bf16 : Scalar::f32;
 }
 
-void check_supported(const Scan& scan) {
+void check_supported(const Scan& scan, Scalar result_dtype) {
     STD_TORCH_CHECK(scan.length < std::numeric_limits<int32_t>::max() && scan.steps < std::numeric_limits<int32_t>::max(),
                     "selective_scan on CUDA takes maps and routes of less than 2^31 entries");
     STD_TORCH_CHECK(scan.checkpoint_steps == 0 || scan.checkpoint_steps == checkpoint_interval(scan.states),
                     "selective_scan on CUDA keeps a checkpoint every ", checkpoint_interval(scan.states),
                     " steps, not every ", scan.checkpoint_steps);
+    for (const Rows* rows : {&scan.u, &scan.dt, &scan.B, &scan.C})
+        STD_TORCH_CHECK(rows->position_stride >= 0 && rows->position_stride < (int64_t{1} << 30),
+                        "selective_scan on CUDA takes rows less than 2^30 elements apart");
+    STD_TORCH_CHECK(result_dtype == Scalar::f32 || result_dtype == scan.dtype,
+                    "selective_scan on CUDA returns float32 or the dtype of u");
+    STD_TORCH_CHECK(scan.length > 0 || scan.steps == 0, "selective_scan on CUDA needs a map of at least one position");
+    STD_TORCH_CHECK(scan.channels > 0 && scan.states > 0, "selective_scan on CUDA needs channels and states");
     STD_TORCH_CHECK(scan.rank <= 128, "selective_scan on CUDA takes a dt rank up to 128, got ", scan.rank);
 }
 
+// The most shared memory a block can have on the current device; asked once.
+int64_t shared_memory_limit() {
+    static const int64_t limit = [] {
+        int device = 0, bytes = 0;
+        check(cudaGetDevice(&device));
+        check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+        return bytes;
+    }();
+    return limit;
+}
+
+bool use_fused(const Scan& scan) { return fused_takes(scan, shared_memory_limit()); }
+
 struct ForwardMemory {
+    PreparedRoute prepared;
     float *carry, *decay;
     void* partial;  // results per slice and step, where they are not the result themselves
     Visits visits;
     int64_t bytes;
     ForwardMemory(const Scan& scan, const Cut& cut, void* base) {
         Arena arena(base);
+        if (use_fused(scan)) {
+            prepared.padded = fused_padded_steps(scan.steps);
+            prepared.places = arena.take<int32_t>(scan.directions * prepared.padded);
+            prepared.offsets = arena.take<uint32_t>(scan.directions * prepared.padded);
+            prepared.flags = arena.take<int32_t>(scan.directions);
+            bytes = arena.used();
+            return;
+        }
         carry = arena.take<float>(carry_size(scan, cut));
         decay = arena.take<float>(carry_size(scan, cut));
         const bool merged = scan.result == Result::merged;
@@ -142,11 +171,23 @@ void gather_channels(const Scan& scan, const Cut& cut, const Visits& visits, con
 int64_t forward_workspace(const Scan& scan) { return ForwardMemory(scan, forward_cut(scan), nullptr).bytes; }
 
 void forward(const Scan& scan, void* out, Scalar out_dtype, float* checkpoints, void* workspace, int device) {
-    check_supported(scan);
+    check_supported(scan, out_dtype);
     const torch::stable::accelerator::DeviceGuard guard(device);
     const cudaStream_t stream = current_stream(device);
     const Cut cut = forward_cut(scan);
     const ForwardMemory memory(scan, cut, workspace);
+    if (use_fused(scan)) {
+        FusedArgs args;
+        args.scan = scan;
+        args.out = out;
+        args.checkpoints = scan.checkpoint_steps ? checkpoints : nullptr;
+        args.checkpoint_count = checkpoints_of(scan);
+        args.route = memory.prepared;
+        prepare_route(scan, memory.prepared, stream);
+        const bool float_out = out_dtype == Scalar::f32;
+        if (scan.dtype == Scalar::bf16) return fused_forward<__nv_bfloat16>(args, float_out, stream);
+        return fused_forward<__half>(args, float_out, stream);
+    }
     const bool merged = scan.result == Result::merged;
     const Scalar partial = partial_dtype(scan, cut);
     const bool separate = merged || (scan.result == Result::steps && cut.groups > 1);
@@ -178,7 +219,7 @@ int64_t backward_workspace(const Scan& scan) { return BackwardMemory(scan, backw
 
 void backward(const Scan& scan, const void* grad, Scalar grad_dtype, const float* checkpoints,
               const Gradients& gradients, void* workspace, int device) {
-    check_supported(scan);
+    check_supported(scan, grad_dtype);
     const torch::stable::accelerator::DeviceGuard guard(device);
     const cudaStream_t stream = current_stream(device);
     const Cut cut = backward_cut(scan);

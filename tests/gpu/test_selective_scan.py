@@ -181,12 +181,26 @@ def test_inputs_per_direction_and_shared_parameters(dtype, rank, states):
         check(inputs, dtype, route=route)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [2, 6, 12, 14, 24, 48, 62])
+def test_sixteen_bit_maps_merged_on_chip(dtype, rank):
+    """The path of small maps with one state: rows side by side, channels in sixteens, any shared table."""
+    for steps, length in ((1, 3), (49, 49), (200, 60), (700, 784)):
+        inputs = make_inputs(2, length, 48, 1, 3, rank=rank, packed=True, dtype=dtype)
+        check(inputs, dtype, route=random_route(3, steps, length, seed=steps))
+    inputs = make_inputs(3, 28 * 28, 32, 1, 4, rank=rank, packed=True, params_shared=True, dtype=dtype)
+    check(inputs, dtype, route=get_route("cross", 28, 28, "cuda"))
+    check(inputs, dtype, route=get_route("cross", 28, 28, "cuda"), out_dtype=dtype)
+
+
 def test_optional_arguments():
     route = get_route("bidirectional", 5, 8, "cuda")
     for skip, bias, softplus in itertools.product([False, True], repeat=3):
         inputs = make_inputs(2, 40, 30, 1, 2, rank=0, with_skip=skip, with_bias=bias)
         if not softplus:
             inputs["dt"] = inputs["dt"].abs() * 0.1
+            if bias:
+                inputs["dt_bias"] = inputs["dt_bias"].abs() * 0.1
         check(inputs, torch.float32, route=route, dt_softplus=softplus)
     inputs = make_inputs(2, 40, 30, 16, 2, rank=3, with_c=False)
     check(inputs, torch.float32, route=route, result="states")
@@ -260,7 +274,8 @@ def test_cuda_graph(states, size):
 
     def step():
         out = selective_scan(**leaves, route=route)
-        return out, *torch.autograd.grad(out, list(leaves.values()), grad)
+        # Detached: a graph kept alive would tie the capture below to this stream.
+        return out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad)
 
     want = step()
     stream = torch.cuda.Stream()
