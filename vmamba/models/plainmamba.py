@@ -112,6 +112,7 @@ class SnakeMixer(nn.Module):
         flat = u.flatten(1, 2)
         dt, B, C = self.ssm.project(flat)
         moves = arriving_moves(height, width, u.device)
+        # Raster order for the parameters and the bias twice: as published, see the top of this file.
         y = selective_scan(
             flat,
             dt,
