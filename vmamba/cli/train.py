@@ -71,6 +71,8 @@ def _train(args: Namespace, config: TrainConfig, folder: Path | None, content: d
     from vmamba.training.distributed import join
     from vmamba.training.trainer import LAST_NAME, Trainer
 
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     with join(config.device) as process, on_terminal(process.is_first), contextlib.ExitStack() as log:
         trainer = Trainer(config, process, content, show_bar=sys.stderr.isatty())
         # Only now, so that a mistake in the options leaves no empty folder behind.

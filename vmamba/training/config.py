@@ -110,6 +110,7 @@ class TrainConfig:
 
     seed: int = _run(0, "seed of everything random")
     device: str = _run("auto", "auto, cpu, cuda or cuda:N")
+    threads: int | None = _run(None, "CPU threads of each training process; null: torch's choice")
     tensorboard: bool = _run(True, "write a TensorBoard log beside summary.csv")
 
 
@@ -278,6 +279,7 @@ def _check(config: TrainConfig, origin: str) -> None:
     require(config.batch_size > 0, "batch_size", "at least 1")
     require(config.accumulate > 0, "accumulate", "at least 1")
     require(config.workers >= 0, "workers", "0 or more")
+    require(config.threads is None or config.threads > 0, "threads", "at least 1")
     require(config.seed >= 0, "seed", "0 or more")
     require(config.lr > 0, "lr", "more than 0")
     require(0 <= config.smoothing < 1, "smoothing", "0 or more and less than 1")

@@ -245,7 +245,10 @@ class Trainer:
             f"data   {config.data}: {self.image_counts[0]} training and "
             f"{self.image_counts[1]} validation images, {classes} classes"
         )
-        device = f"{torch.get_num_threads()} CPU threads" if process.device.type == "cpu" else _gpu_name(process.device)
+        threads = torch.get_num_threads()
+        device = (
+            f"{threads} CPU thread{'s' * (threads > 1)}" if process.device.type == "cpu" else _gpu_name(process.device)
+        )
         processes = f"{process.world} processes, each with " if process.world > 1 else ""
         _logger.info(f"on     {processes}{device}, amp {config.amp}")
         if self.first_epoch > 1:
