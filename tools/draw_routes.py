@@ -18,6 +18,7 @@ FAMILIES = {
     "cross": "vmamba",
     "atrous": "efficientvmamba",
     "snake": "plainmamba",
+    "raster": "spatialmamba",
     "three_passes": "msvmamba",
 }
 """The family that a route is known by."""
@@ -27,7 +28,11 @@ def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "vmamba"  # the same drawing makes the same file
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in list_routes():
-        figure = draw_route(get_route(name, HEIGHT, WIDTH), HEIGHT, WIDTH, title=name)
+        route = get_route(name, HEIGHT, WIDTH)
+        passes = route.shape[1] // (HEIGHT * WIDTH)
+        if passes > 1:  # one sequence over the map several times: each time in its own panel
+            route = route.unflatten(1, (passes, -1)).flatten(0, 1)
+        figure = draw_route(route, HEIGHT, WIDTH, title=name)
         path = FOLDER / f"{FAMILIES.get(name, name)}.svg"
         figure.savefig(path, metadata={"Date": None})
         print(path)
