@@ -213,20 +213,25 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
         expand_steps<T, L::kWidth>(delta, stride, page, weights, s, place.image, direction, first_channel,
                                    warp * L::kWidth, count);
         __syncwarp();
-        for (int t = part; t < kPageSteps; t += L::kLanes)
-            delta[t * stride + column] =
-                t < count ? stepper.step(delta[t * stride + column]) : 0.f;
+#pragma unroll 8
+        for (int t = part; t < kPageSteps; t += L::kLanes) {
+            const float step = stepper.step(delta[t * stride + column]);
+            delta[t * stride + column] = t < count ? step : 0.f;
+        }
         __syncwarp();
 
+        const int silent = active ? 0 : -1;  // makes every position of a channel behind the last one negative
         const auto read_u = [&](T (&u)[kOwn], int t) {
 #pragma unroll
-            for (int j = 0; j < kOwn; ++j) u[j] = u_column.at_or_zero(active ? page.at[t + part * kOwn + j] : -1);
+            for (int j = 0; j < kOwn; ++j) u[j] = u_column.at_or_zero(page.at[t + part * kOwn + j] | silent);
         };
         const auto read_grad = [&](Grad (&dy)[kOwn], int t) {
 #pragma unroll
             for (int j = 0; j < kOwn; ++j) {
-                const int step = t + part * kOwn + j, p = active && !OfStates ? page.at[step] : -1;
-                dy[j] = grad_column.at_or_zero(merged || p < 0 ? p : static_cast<int>(at) + step);
+                const int step = t + part * kOwn + j, p = page.at[step] | silent;
+                const int grad_row = merged ? p : static_cast<int>(at) + step;
+                dy[j] = from_float<Grad>(0.f);
+                if (p >= 0 && !OfStates) dy[j] = grad_column.at(grad_row);
             }
         };
         const auto as_floats = [](auto& to, const auto& from) {
@@ -336,23 +341,21 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
             }
             // What a channel's step comes to, once its states are summed: gradients of u and of the raw step.
             char* du = static_cast<char*>(args.du) + ((row * s.steps + at + t) * s.channels + channel) * du_size;
-            char* ddt = static_cast<char*>(args.ddt) + ((row * s.steps + at + t) * s.channels + channel) * du_size;
             const auto finish = [&](int j, float input, float grad, float through_gain, float through_decay) {
                 float& slot = delta[(t + j) * stride + column];
                 const float step = slot, dt_grad = fmaf(through_gain, input, through_decay);
-                const float raw_grad = t + j < count ? dt_grad * stepper.slope(step) : 0.f;
+                const float counts = t + j < count ? 1.f : 0.f;  // a factor, since a branch would end the overlap of steps
+                const float raw_grad = dt_grad * stepper.slope(step) * counts;
                 const float u_grad = fmaf(through_gain, step * kLn2, skip * grad);
                 d_skip = fmaf(grad, input, d_skip);
                 d_bias += raw_grad;
                 slot = raw_grad;
                 const bool write = active && t + j < count;
-                const uint64_t offset = static_cast<uint64_t>(j) * du_stride;
+                char* to = offset_by(du, j, du_stride);
                 if (Group == 1 || cut.groups == 1) {
-                    if (write) *reinterpret_cast<T*>(du + offset) = from_float<T>(u_grad);
-                    if (write && rank == 0) *reinterpret_cast<T*>(ddt + offset) = from_float<T>(raw_grad);
+                    if (write) *reinterpret_cast<T*>(to) = from_float<T>(u_grad);
                 } else {
-                    if (write) *reinterpret_cast<float*>(du + offset) = u_grad;
-                    if (write && rank == 0) *reinterpret_cast<float*>(ddt + offset) = raw_grad;
+                    if (write) *reinterpret_cast<float*>(to) = u_grad;
                 }
             };
 #pragma unroll
@@ -432,7 +435,11 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
                 rows[v / 2 * features + rank + v % 2] = total;
             }
         }
-        if (rank) {
+        if (rank == 0) {
+            const Scalar type = cut.groups == 1 ? s.dtype : Scalar::f32;
+            for (int t = part; t < count && active; t += L::kLanes)
+                store_as(args.ddt, (row * s.steps + at + t) * s.channels + channel, delta[t * stride + column], type);
+        } else {
             store_row_grads<kExact>(rows, features, delta, stride, weights, rank, cut.tile, count);
             add_weight_grads<kExact>(weight_grads, delta, stride, page.low, rank, cut.tile, count);
         }

@@ -51,6 +51,10 @@ __device__ __forceinline__ const char* offset_by(const char* base, uint32_t a, u
     return reinterpret_cast<const char*>(address);
 }
 
+__device__ __forceinline__ char* offset_by(char* base, uint32_t a, uint32_t b) {
+    return const_cast<char*>(offset_by(static_cast<const char*>(base), a, b));
+}
+
 // A load or store whose element type is known at run time only; the branch is the same for a whole grid.
 __device__ __forceinline__ float load_as(const void* data, int64_t index, Scalar type) {
     if (type == Scalar::f32) return static_cast<const float*>(data)[index];
@@ -220,9 +224,9 @@ struct Column {
 };
 
 // Byte offset of a position in the merged result of 16 channels (fused.cuh). The exclusive-or spreads the positions that
-// the four lanes of a channel pair touch together, which lie 16 rows or columns apart, over the banks.
+// the four lanes of a channel pair touch together, which lie eight rows or columns apart, over the banks.
 __device__ __forceinline__ uint32_t merged_offset(uint32_t position) {
-    return position * 64 ^ (((position >> 1) * 9 >> 1) & 0x60);
+    return position * 64 ^ (((position >> 1) * 17 >> 1) & 0x60);
 }
 
 // The tables of one (image, direction).

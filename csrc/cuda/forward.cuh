@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
                     if constexpr (pass == Pass::output && !OfStates) y = fmaf(C[n], h[n], y);
                 }
                 if constexpr (pass == Pass::output) {
-                    Out* to = reinterpret_cast<Out*>(out + static_cast<uint64_t>(j) * out_stride);
+                    Out* to = reinterpret_cast<Out*>(offset_by(out, j, out_stride));
                     if constexpr (OfStates) {
 #pragma unroll
                         for (int n = 0; n < Group; ++n)

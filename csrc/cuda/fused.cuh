@@ -1,8 +1,8 @@
 // The forward scan with one state, for 16-bit maps that fit in shared memory: all directions in one block, merged on chip.
 //
 // A block owns 16 channels of one image and keeps their merged result, (L, 16) floats, in shared memory; it takes one
-// direction after the other. A warp takes tiles of 64 steps: lane g * 4 + q walks steps 16 q .. 16 q + 15 of channels 2g
-// and 2g + 1 from a zero state. Linearity does the rest: with P_t the product of decays since the lane's first step,
+// direction after the other. A warp takes tiles of 32 steps: lane g * 4 + q walks steps 8 q .. 8 q + 7 of channels 2g and
+// 2g + 1 from a zero state. Linearity does the rest: with P_t the product of decays since the lane's first step,
 //
 //     h_t = (h_t from zero) + P_t h_start        y_t = (y_t from zero) + C_t P_t h_start
 //
@@ -17,7 +17,7 @@
 namespace vmamba::cuda {
 
 constexpr int kFusedChannels = 16;
-constexpr int kLaneSteps = 16;
+constexpr int kLaneSteps = 8;
 constexpr int kTileSteps = 4 * kLaneSteps;
 static_assert(kTileSteps == kFusedTileSteps);
 
@@ -62,11 +62,11 @@ __device__ __forceinline__ void mma_16bit(float (&acc)[4], const uint32_t (&a)[4
 }
 
 template <typename T>
-__device__ __forceinline__ void load_sixteen(T (&x)[16], const T* from) {
+__device__ __forceinline__ void load_lane_steps(T (&x)[kLaneSteps], const T* from) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int4 four = __ldg(reinterpret_cast<const int4*>(from) + i);
-        x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
+    for (int i = 0; i < kLaneSteps; i += 4) {
+        const int4 four = __ldg(reinterpret_cast<const int4*>(from + i));
+        x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
     }
 }
 
@@ -105,7 +105,7 @@ struct Weights {
 };
 
 template <typename T, int Blocks, bool Small, typename Out>
-__global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2) fused_forward_kernel(const __grid_constant__ FusedArgs args) {
+__global__ void __launch_bounds__(32 * kFusedWarps, 1) fused_forward_kernel(const __grid_constant__ FusedArgs args) {
     const Scan& s = args.scan;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4, q = lane % 4;
     const int64_t tiles = s.channels / kFusedChannels;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2) fused_forward
     // The channel pair of u at this lane's steps of a turn.
     const auto read_u = [&](uint32_t (&u)[kLaneSteps], int turn) {
         int places[kLaneSteps];
-        load_sixteen(places, args.route.places + turn / rounds * args.route.padded +
+        load_lane_steps(places, args.route.places + turn / rounds * args.route.padded +
                                  (turn % rounds * warps + warp) * kTileSteps + q * kLaneSteps);
 #pragma unroll
         for (int i = 0; i < kLaneSteps; ++i)
@@ -142,6 +142,32 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2) fused_forward
             if (places[i] < 0) u[i] = 0;
     };
 
+    // The b-operands of the products of a turn: column g is step 8 (g / 2) + 2 j + g % 2 of the tile. Where they are few,
+    // they are read a turn ahead, like u.
+    constexpr int kProducts = kLaneSteps / 2, kWords = Small ? 1 : 2 * Blocks;
+    constexpr bool kReadAhead = Blocks <= 2;
+    const auto read_row = [&](uint32_t (&words)[kWords], int place, const Column<T>& rows) {
+        const char* row = offset_by(rows.data + 4 * q, max(place, 0), rows.stride);
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+            words[i] = 0;
+            if (place >= 0 && 2 * q + 8 * i < rank + 2)
+                words[i] = __ldg(reinterpret_cast<const uint32_t*>(row + i * 16));
+        }
+    };
+    const auto read_rows = [&](uint32_t (&words)[kProducts][kWords], int turn) {
+        const int32_t* columns = args.route.places + turn / rounds * args.route.padded +
+                                 (turn % rounds * warps + warp) * kTileSteps + g / 2 * kLaneSteps + g % 2;
+        const Column<T> rows(s.dt, image, turn / rounds, 0);
+        int places[kProducts];
+#pragma unroll
+        for (int j = 0; j < kProducts; ++j) places[j] = __ldg(columns + 2 * j);
+#pragma unroll
+        for (int j = 0; j < kProducts; ++j) read_row(words[j], places[j], rows);
+    };
+
+    uint32_t ahead[kReadAhead ? kProducts : 1][kWords];
+    if constexpr (kReadAhead) read_rows(ahead, 0);
     Weights<T, Blocks, Small> weights;
     float bias[2], A[2], skip[2], carry[2];
     uint32_t next_u[kLaneSteps];
@@ -168,31 +194,26 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2) fused_forward
         float y[kLaneSteps][2], z[kLaneSteps][2], decay[2] = {1.f, 1.f}, end[2] = {0.f, 0.f};
         const auto walk = [&](auto whole) {
             constexpr bool kWhole = decltype(whole)::value;
-            // Column g of the products is step 16 (g / 2) + 2 j + g % 2 of the tile.
             const int32_t* columns = args.route.places + at + g / 2 * kLaneSteps + g % 2;
 #pragma unroll
-            for (int j = 0; j < kLaneSteps / 2; ++j) {
-                const int p = __ldg(columns + 2 * j);
-                const bool there = kWhole || p >= 0;
-                const char* row = offset_by(rows.data + 4 * q, kWhole ? p : max(p, 0), rows.stride);
+            for (int j = 0; j < kProducts; ++j) {
+                uint32_t words[kWords];
+                if constexpr (kReadAhead) {
+#pragma unroll
+                    for (int i = 0; i < kWords; ++i) words[i] = ahead[j][i];
+                } else {
+                    read_row(words, __ldg(columns + 2 * j), rows);
+                }
                 float x[4] = {bias[0], bias[0], bias[1], bias[1]}, bc[4] = {};
+                if constexpr (Small) {
+                    mma_16bit<T>(x, weights.high[0], words[0], words[0]);
+                    mma_16bit<T>(bc, weights.pick, words[0], 0);
+                } else {
 #pragma unroll
-                for (int b = 0; b < Blocks; ++b) {
-                    uint32_t word[2];
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        word[i] = 0;
-                        if (there && b * 16 + 2 * q + 8 * i < rank + 2)
-                            word[i] = __ldg(reinterpret_cast<const uint32_t*>(row + b * 32 + i * 16));
-                        if (Small) break;
-                    }
-                    if constexpr (Small) {
-                        mma_16bit<T>(x, weights.high[b], word[0], word[0]);
-                        mma_16bit<T>(bc, weights.pick, word[0], 0);
-                    } else {
-                        mma_16bit<T>(x, weights.low[b], word[0], word[1]);
-                        mma_16bit<T>(x, weights.high[b], word[0], word[1]);
-                        if (b == rank / 16) mma_16bit<T>(bc, weights.pick, word[0], word[1]);
+                    for (int b = 0; b < Blocks; ++b) {
+                        mma_16bit<T>(x, weights.low[b], words[2 * b], words[2 * b + 1]);
+                        mma_16bit<T>(x, weights.high[b], words[2 * b], words[2 * b + 1]);
+                        if (b == rank / 16) mma_16bit<T>(bc, weights.pick, words[2 * b], words[2 * b + 1]);
                     }
                 }
 #pragma unroll
@@ -221,7 +242,10 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2) fused_forward
         } else {
             walk(std::false_type{});
         }
-        if (turn + 1 < turns) read_u(next_u, turn + 1);
+        if (turn + 1 < turns) {
+            read_u(next_u, turn + 1);
+            if constexpr (kReadAhead) read_rows(ahead, turn + 1);
+        }
 
         // Chain the four lanes of a channel pair: what enters this lane, and what leaves the last.
         float into_decay[2], into_end[2];
@@ -254,9 +278,9 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2) fused_forward
 #pragma unroll
         for (int c = 0; c < 2; ++c) start[c] = fmaf(into_decay[c], start[c], into_end[c]);
 
-        if (args.checkpoints && lane_first < steps) {
+        if (args.checkpoints && lane_first < steps && q % 2 == 0) {
             float* kept = args.checkpoints +
-                          ((image * s.directions + direction) * args.checkpoint_count + lane_first / kLaneSteps) *
+                          ((image * s.directions + direction) * args.checkpoint_count + lane_first / checkpoint_interval(1)) *
                               s.channels + first_channel + 2 * g;
             *reinterpret_cast<float2*>(kept) = make_float2(start[0], start[1]);
         }
@@ -264,8 +288,8 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2) fused_forward
         const auto add = [&](auto all) {
             uint32_t offsets[kLaneSteps];
             int places[kLaneSteps];
-            load_sixteen(offsets, args.route.offsets + at + q * kLaneSteps);
-            if (!decltype(all)::value) load_sixteen(places, args.route.places + at + q * kLaneSteps);
+            load_lane_steps(offsets, args.route.offsets + at + q * kLaneSteps);
+            if (!decltype(all)::value) load_lane_steps(places, args.route.places + at + q * kLaneSteps);
 #pragma unroll
             for (int i = 0; i < kLaneSteps; ++i) {
                 if (!decltype(all)::value && places[i] < 0) continue;
@@ -313,7 +337,7 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2) fused_forward
 template <typename T, int Blocks, bool Small, typename Out>
 void launch_fused(const FusedArgs& args, cudaStream_t stream) {
     const Scan& s = args.scan;
-    const int warps = fused_warps(s.steps);
+    const int warps = fused_warps(s.steps, s.length);
     launch(fused_forward_kernel<T, Blocks, Small, Out>, s.batch * (s.channels / kFusedChannels), warps * 32,
            fused_shared_bytes(s.length), stream, args);
 }

@@ -82,7 +82,7 @@ struct ForwardMemory {
     ForwardMemory(const Scan& scan, const Cut& cut, void* base) {
         Arena arena(base);
         if (use_fused(scan)) {
-            prepared.padded = fused_padded_steps(scan.steps);
+            prepared.padded = fused_padded_steps(scan.steps, scan.length);
             prepared.places = arena.take<int32_t>(scan.directions * prepared.padded);
             prepared.offsets = arena.take<uint32_t>(scan.directions * prepared.padded);
             prepared.flags = arena.take<int32_t>(scan.directions);
