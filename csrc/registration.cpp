@@ -15,6 +15,7 @@
 #include "cpu/scan_cpu.h"
 #include "scan.h"
 #ifdef VMAMBA_WITH_CUDA
+#include "cuda/layer_norm.h"
 #include "cuda/scan_cuda.h"
 #endif
 
@@ -239,10 +240,85 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     return {du, ddt, dA, dB, dC, dD, ddt_weight, ddt_bias};
 }
 
+#ifdef VMAMBA_WITH_CUDA
+LayerNorm norm_of(const Tensor& x, const Tensor& weight, double eps, ScalarType y_dtype) {
+    LayerNorm norm;
+    norm.channels = x.size(x.dim() - 1);
+    norm.rows = norm.channels > 0 ? x.numel() / norm.channels : 0;
+    STD_TORCH_CHECK(cuda::serves_layer_norm(norm.channels), "layer_norm serves multiples of 4 up to ",
+                    cuda::kMaxNormChannels, " channels, got ", norm.channels);
+    STD_TORCH_CHECK(weight.is_cuda() && weight.scalar_type() == ScalarType::Float && weight.is_contiguous() &&
+                        weight.numel() == norm.channels,
+                    "weight must be contiguous float32, one per channel");
+    norm.x = x.const_data_ptr();
+    norm.weight = static_cast<const float*>(weight.const_data_ptr());
+    norm.eps = static_cast<float>(eps);
+    norm.x_dtype = scalar_of(x.scalar_type());
+    norm.y_dtype = scalar_of(y_dtype);
+    STD_TORCH_CHECK(norm.x_dtype == Scalar::f32 || norm.y_dtype == Scalar::f32 || norm.x_dtype == norm.y_dtype,
+                    "layer_norm goes from one 16-bit dtype to float32 or itself, not to the other one");
+    return norm;
+}
+
+Tensor float_rows(const Tensor& x, int64_t rows) { return new_tensor(x, {rows}, ScalarType::Float); }
+
+std::vector<int64_t> sizes_of(const Tensor& x) {
+    const auto sizes = x.sizes();
+    return {sizes.begin(), sizes.end()};
+}
+
+Tensor run_layer_norm(const Tensor& given, const Tensor& weight, const Tensor& bias, double eps, ScalarType out_dtype,
+                      Tensor* mean, Tensor* rstd) {
+    const Tensor x = torch::stable::contiguous(given);
+    LayerNorm norm = norm_of(x, weight, eps, out_dtype);
+    STD_TORCH_CHECK(bias.is_cuda() && bias.scalar_type() == ScalarType::Float && bias.is_contiguous() &&
+                        bias.numel() == norm.channels,
+                    "bias must be contiguous float32, one per channel");
+    norm.bias = static_cast<const float*>(bias.const_data_ptr());
+    Tensor y = new_tensor(x, sizes_of(x), out_dtype);
+    const auto statistic = [&](Tensor* tensor) -> float* {
+        if (!tensor) return nullptr;
+        *tensor = float_rows(x, norm.rows);
+        return static_cast<float*>(tensor->mutable_data_ptr());
+    };
+    float* means = statistic(mean);
+    float* rstds = statistic(rstd);
+    cuda::layer_norm_forward(norm, y.mutable_data_ptr(), means, rstds, x.get_device_index());
+    return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight, Tensor bias, double eps, ScalarType out_dtype) {
+    Tensor mean, rstd;
+    Tensor y = run_layer_norm(x, weight, bias, eps, out_dtype, &mean, &rstd);
+    return {y, mean, rstd};
+}
+
+Tensor layer_norm_forward(Tensor x, Tensor weight, Tensor bias, double eps, ScalarType out_dtype) {
+    return run_layer_norm(x, weight, bias, eps, out_dtype, nullptr, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad, Tensor given, Tensor weight, Tensor mean,
+                                                       Tensor rstd) {
+    const Tensor x = torch::stable::contiguous(given), dy = torch::stable::contiguous(grad);
+    const LayerNorm norm = norm_of(x, weight, 0.0, dy.scalar_type());
+    STD_TORCH_CHECK(dy.is_cuda() && dy.numel() == x.numel() && mean.numel() == norm.rows && rstd.numel() == norm.rows,
+                    "grad, mean and rstd must be those of x");
+    Tensor dx = new_tensor(x, sizes_of(x), x.scalar_type());
+    Tensor dweight = float_rows(x, norm.channels), dbias = float_rows(x, norm.channels);
+    const int device = x.get_device_index();
+    Tensor workspace = new_tensor(x, {cuda::layer_norm_backward_workspace(norm, device)}, ScalarType::Byte);
+    cuda::layer_norm_backward(norm, dy.const_data_ptr(), static_cast<const float*>(mean.const_data_ptr()),
+                              static_cast<const float*>(rstd.const_data_ptr()), dx.mutable_data_ptr(),
+                              static_cast<float*>(dweight.mutable_data_ptr()),
+                              static_cast<float*>(dbias.mutable_data_ptr()), workspace.mutable_data_ptr(), device);
+    return {dx, dweight, dbias};
+}
+#endif
+
 }  // namespace
 }  // namespace vmamba
 
-// The schemas are defined in vmamba/ops/registration.py, beside the fake implementations and the autograd formula.
+// The schemas are defined in vmamba/ops (schema.py), beside the fake implementations and the autograd formulas.
 STABLE_TORCH_LIBRARY_IMPL(vmamba, CPU, m) {
     m.impl("selective_scan", TORCH_BOX(&vmamba::forward<vmamba::kCpu>));
     m.impl("selective_scan_forward", TORCH_BOX(&vmamba::forward<vmamba::kCpu>));
@@ -258,5 +334,8 @@ STABLE_TORCH_LIBRARY_IMPL(vmamba, CUDA, m) {
     m.impl("selective_scan", TORCH_BOX(&vmamba::forward<vmamba::kCuda>));
     m.impl("selective_scan_forward", TORCH_BOX(&vmamba::forward<vmamba::kCuda>));
     m.impl("selective_scan_backward", TORCH_BOX(&vmamba::backward<vmamba::kCuda>));
+    m.impl("layer_norm", TORCH_BOX(&vmamba::layer_norm));
+    m.impl("layer_norm_forward", TORCH_BOX(&vmamba::layer_norm_forward));
+    m.impl("layer_norm_backward", TORCH_BOX(&vmamba::layer_norm_backward));
 }
 #endif

@@ -4,18 +4,20 @@ from vmamba.layers.block import PositionalBlock, PreNormBlock
 from vmamba.layers.conv import Conv2dNHWC
 from vmamba.layers.downsample import ConvDownsample, InvertedDownsample, PatchMerging
 from vmamba.layers.init import init_weights
-from vmamba.layers.norm import ScanNorm
+from vmamba.layers.norm import BranchNorm, LayerNorm, ScanNorm
 from vmamba.layers.ss2d import SS2D, GatedSS2D
 from vmamba.layers.ssm import SelectiveSSM, dt_rank
 from vmamba.layers.stem import ConvStem, PatchStem, ResidualConvStem
 
 __all__ = [
     "SS2D",
+    "BranchNorm",
     "Conv2dNHWC",
     "ConvDownsample",
     "ConvStem",
     "GatedSS2D",
     "InvertedDownsample",
+    "LayerNorm",
     "PatchMerging",
     "PatchStem",
     "PositionalBlock",

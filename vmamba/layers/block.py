@@ -7,6 +7,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vmamba.layers.conv import Conv2dNHWC
+from vmamba.layers.norm import BranchNorm
 
 
 class PreNormBlock(nn.Module):
@@ -32,9 +33,9 @@ class PreNormBlock(nn.Module):
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.norm1 = BranchNorm(dim, **dd)
         self.mixer = mixer
-        self.norm2 = nn.Identity() if mlp is None else nn.LayerNorm(dim, **dd)
+        self.norm2 = nn.Identity() if mlp is None else BranchNorm(dim, **dd)
         self.mlp = mlp
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba.layers.conv import Conv2dNHWC
+from vmamba.layers.norm import BranchNorm, LayerNorm
 
 
 class PatchMerging(nn.Module):
@@ -24,7 +25,7 @@ class PatchMerging(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, device=device, dtype=dtype)
+        self.norm = BranchNorm(4 * dim, device=device, dtype=dtype)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ class ConvDownsample(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = Conv2dNHWC(dim, out_dim, kernel_size=3, stride=2, padding=1, device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(out_dim, device=device, dtype=dtype)
+        self.norm = LayerNorm(out_dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))

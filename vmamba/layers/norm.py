@@ -1,17 +1,48 @@
-"""The norm behind a scan."""
+"""LayerNorms of channels-last maps. All have the parameters of :class:`torch.nn.LayerNorm` and agree with it."""
 
 import torch
-import torch.nn.functional as F
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from vmamba.ops import layer_norm
 
-class ScanNorm(nn.LayerNorm):
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype autocast asks for on the device of ``x``; None outside autocast, and for meta tensors."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+@register_notrace_module
+class LayerNorm(nn.LayerNorm):
+    """:class:`torch.nn.LayerNorm` over the channels, faster on a GPU. Under autocast its result is float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._norm(x, x.dtype if _autocast_dtype(x) is None else torch.float32)
+
+    def _norm(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps, dtype)
+
+
+@register_notrace_module
+class BranchNorm(LayerNorm):
+    """The norm at the head of a residual branch: under autocast its result has the autocast dtype.
+
+    The linear layer behind it would cast it to that dtype anyway; here the cast costs nothing.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._norm(x, _autocast_dtype(x) or x.dtype)
+
+
+@register_notrace_module
+class ScanNorm(LayerNorm):
     """LayerNorm of a scan's float32 result, returned in the dtype of the activations.
 
-    The scan's sums can exceed float16, so the norm is computed in the dtype of its input whatever the parameters' is,
-    and only the normalised values are cast. Same parameters as :class:`torch.nn.LayerNorm`.
+    The scan's sums can exceed float16, so only the normalised values are cast.
     """
 
     def forward(self, y: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
-        weight, bias = self.weight.to(y.dtype), self.bias.to(y.dtype)
-        return F.layer_norm(y, self.normalized_shape, weight, bias, self.eps).to(dtype)
+        return self._norm(y, dtype)

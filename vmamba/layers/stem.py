@@ -7,6 +7,7 @@ from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
 from vmamba.layers.conv import Conv2dNHWC
+from vmamba.layers.norm import BranchNorm, LayerNorm
 
 
 def to_nhwc(image: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ class PatchStem(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = Conv2dNHWC(in_chans, dim, kernel_size=4, stride=4, device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.norm = LayerNorm(dim, device=device, dtype=dtype)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.norm(self.conv(to_nhwc(image)))
@@ -58,10 +59,10 @@ class ConvStem(nn.Module):
         super().__init__()
         self.reduction = strides[0] * strides[1]
         self.conv1 = Conv2dNHWC(in_chans, dim // 2, kernel_size=3, stride=strides[0], padding=1, **dd)
-        self.norm1 = nn.LayerNorm(dim // 2, **dd)
+        self.norm1 = BranchNorm(dim // 2, **dd)
         self.act = nn.GELU()
         self.conv2 = Conv2dNHWC(dim // 2, dim, kernel_size=3, stride=strides[1], padding=1, **dd)
-        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.norm2 = LayerNorm(dim, **dd)
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.act(self.norm1(self.conv1(to_nhwc(image))))

@@ -12,7 +12,7 @@ from timm.models import checkpoint_seq, named_apply
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vmamba.layers import init_weights
+from vmamba.layers import LayerNorm, init_weights
 from vmamba.models._backbone import Backbone
 
 
@@ -107,7 +107,7 @@ class HierarchicalBackbone(Backbone):
 
         self.stem = stem
         self.stages = nn.Sequential(*stages)
-        self.norm: nn.Module = nn.LayerNorm(self.num_features, device=device, dtype=dtype)
+        self.norm: nn.Module = LayerNorm(self.num_features, device=device, dtype=dtype)
         self.head = ClassifierHead(
             self.num_features,
             num_classes,

@@ -2,6 +2,7 @@
 
 from vmamba.ops.drawing import draw_route
 from vmamba.ops.extension import BackendInfo, backend_info
+from vmamba.ops.layer_norm import layer_norm
 from vmamba.ops.reference import selective_scan_reference
 from vmamba.ops.routes import (
     DECAY_ONLY,
@@ -22,6 +23,7 @@ __all__ = [
     "draw_route",
     "get_route",
     "grid_table",
+    "layer_norm",
     "list_routes",
     "register_route",
     "reverse",

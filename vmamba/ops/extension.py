@@ -9,6 +9,7 @@ import torch
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _error: str | None = None
+_kernels: frozenset[str] = frozenset()  # device types served; looked up once, since torch.compile traces the question
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def library_path() -> Path | None:
 
 def load() -> None:
     """Loads the extension's kernels into the dispatcher; on failure warns and keeps the reason, it never raises."""
-    global _error
+    global _error, _kernels
     path = library_path()
     if path is None:
         _error = "the extension is not built; run: pip install --no-build-isolation -e . (needs a C++17 compiler)"
@@ -43,6 +44,9 @@ def load() -> None:
             torch.ops.load_library(str(path))
         except OSError as error:
             _error = f"{path.name} did not load under torch {torch.__version__}: {error.__cause__ or error}"
+    found = torch._C._dispatch_has_kernel_for_dispatch_key
+    keys = {"cpu": "CPU", "cuda": "CUDA"}
+    _kernels = frozenset(device for device, key in keys.items() if found("vmamba::selective_scan_forward", key))
     if _error is not None and not os.environ.get("VMAMBA_NO_WARNING"):
         warnings.warn(f"vmamba runs on its slow PyTorch reference: {_error}", stacklevel=2)
 
@@ -53,11 +57,8 @@ def runs_on_reference() -> bool:
 
 
 def has_kernel(device_type: str) -> bool:
-    """Whether the dispatcher holds a kernel of ours for this device type."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    if key is None:
-        return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key("vmamba::selective_scan_forward", key)
+    """Whether the extension brought kernels for this device type."""
+    return device_type in _kernels
 
 
 def require_kernel(device: torch.device) -> None:

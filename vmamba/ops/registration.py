@@ -21,7 +21,6 @@ def checkpoint_steps(device_type: str, states: int) -> int:
     return 16 if device_type == "cuda" and states == 1 else 64
 
 
-
 def call(
     u: Tensor,
     dt: Tensor,
@@ -140,23 +139,23 @@ def _register_autocast(op: str) -> None:
             with torch._C._ExcludeDispatchKeyGuard(excluded):
                 return getattr(torch.ops.vmamba, op)(u, dt, A, B, C, *rest)
 
-        _LIBRARY.impl(op, kernel, key)
+        LIBRARY.impl(op, kernel, key)
 
 
 def _register() -> None:
     for op in schema.FORWARD_OPS:
-        _LIBRARY.define(f"{op}{schema.FORWARD}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"vmamba::{op}", _fake_forward, lib=_LIBRARY)
+        LIBRARY.define(f"{op}{schema.FORWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"vmamba::{op}", _fake_forward, lib=LIBRARY)
         register_flop_formula(getattr(torch.ops.vmamba, op))(_scan_flops)
         _register_autocast(op)
-    _LIBRARY.define(f"selective_scan_backward{schema.BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake("vmamba::selective_scan_backward", _fake_backward, lib=_LIBRARY)
+    LIBRARY.define(f"selective_scan_backward{schema.BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake("vmamba::selective_scan_backward", _fake_backward, lib=LIBRARY)
     register_flop_formula(torch.ops.vmamba.selective_scan_backward)(_scan_backward_flops)
-    _LIBRARY.define(f"cpu_isa{schema.CPU_ISA}")
-    torch.library.register_autograd("vmamba::selective_scan", _backward, setup_context=_setup_context, lib=_LIBRARY)
-    torch.library.register_autograd("vmamba::selective_scan_backward", _no_second_derivative, lib=_LIBRARY)
+    LIBRARY.define(f"cpu_isa{schema.CPU_ISA}")
+    torch.library.register_autograd("vmamba::selective_scan", _backward, setup_context=_setup_context, lib=LIBRARY)
+    torch.library.register_autograd("vmamba::selective_scan_backward", _no_second_derivative, lib=LIBRARY)
     extension.load()
 
 
-_LIBRARY = torch.library.Library("vmamba", "DEF")
+LIBRARY = torch.library.Library("vmamba", "DEF")
 _register()

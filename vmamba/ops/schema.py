@@ -13,3 +13,7 @@ CPU_ISA = "() -> str"
 
 FORWARD_OPS = ("selective_scan", "selective_scan_forward")
 """Differentiable, and without autograd; the same kernel."""
+
+LAYER_NORM = "(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)"
+LAYER_NORM_FORWARD = "(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType out_dtype) -> Tensor"
+LAYER_NORM_BACKWARD = "(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)"

@@ -1,0 +1,91 @@
+"""LayerNorm over channels that are last, written in the dtype that the next layer wants.
+
+PyTorch's CUDA kernel gives every row a block of threads, which rows of 96 to 768 channels cannot fill, and under
+autocast it writes float32 that is then read again only to be cast. The kernel here holds a row in one warp and casts on
+the way out. Elsewhere (CPU, torch.compile, whose own kernel fuses more) PyTorch's is used.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vmamba.ops import extension, schema
+from vmamba.ops.registration import LIBRARY
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_CHANNELS = 1536  # kMaxNormChannels in csrc/cuda/layer_norm.h
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Normalises ``x`` over its last dimension, computed in float32 (float64 for float64) whatever the dtypes are.
+
+    Args:
+        x: (..., channels).
+        weight: (channels).
+        bias: (channels).
+        eps: Added to the variance.
+        out_dtype: dtype of the result; ``x``'s if None.
+
+    Returns:
+        The normalised, scaled and shifted rows, of the shape of ``x``.
+    """
+    out_dtype = out_dtype or x.dtype
+    if _has_kernel(x, out_dtype):
+        weight, bias = weight.float(), bias.float()
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
+            return torch.ops.vmamba.layer_norm(x, weight, bias, eps, out_dtype)[0]
+        return torch.ops.vmamba.layer_norm_forward(x, weight, bias, eps, out_dtype)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    normed = F.layer_norm(x.to(compute), weight.shape, weight.to(compute), bias.to(compute), eps)
+    return normed.to(out_dtype)
+
+
+def _has_kernel(x: Tensor, out_dtype: torch.dtype) -> bool:
+    channels = x.shape[-1]
+    return (
+        x.is_cuda
+        and not torch.compiler.is_compiling()
+        and extension.has_kernel("cuda")
+        and channels % 4 == 0
+        and channels <= _MOST_CHANNELS
+        and x.dtype in _FLOATS
+        and out_dtype in (x.dtype, torch.float32, *(_FLOATS if x.dtype == torch.float32 else ()))
+    )
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    return torch.empty(x.shape, dtype=out_dtype, device=x.device), rows, torch.empty_like(rows)
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _bias, _eps, _out_dtype = inputs
+    _y, mean, rstd = output
+    ctx.save_for_backward(x, weight, mean, rstd)
+
+
+def _backward(ctx, grad, _grad_mean, _grad_rstd):
+    dx, dweight, dbias = torch.ops.vmamba.layer_norm_backward(grad, *ctx.saved_tensors)
+    return dx, dweight, dbias, None, None
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError("vmamba's layer_norm is differentiable once; use torch.nn.functional.layer_norm")
+
+
+LIBRARY.define(f"layer_norm{schema.LAYER_NORM}", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define(f"layer_norm_forward{schema.LAYER_NORM_FORWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define(f"layer_norm_backward{schema.LAYER_NORM_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.register_fake("vmamba::layer_norm", _fake, lib=LIBRARY)
+torch.library.register_fake("vmamba::layer_norm_forward", lambda *args: _fake(*args)[0], lib=LIBRARY)
+torch.library.register_fake("vmamba::layer_norm_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd("vmamba::layer_norm", _backward, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd("vmamba::layer_norm_backward", _no_second_derivative, lib=LIBRARY)
