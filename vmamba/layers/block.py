@@ -35,7 +35,7 @@ class PreNormBlock(nn.Module):
         super().__init__()
         self.norm1 = BranchNorm(dim, **dd)
         self.mixer = mixer
-        self.norm2 = nn.Identity() if mlp is None else BranchNorm(dim, **dd)
+        self.norm2: nn.Module = nn.Identity() if mlp is None else BranchNorm(dim, **dd)
         self.mlp = mlp
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 

@@ -35,6 +35,7 @@ from vmamba.layers import (
     Conv2dNHWC,
     ConvDownsample,
     ConvStem,
+    LayerNorm,
     PatchMerging,
     PatchStem,
     PreNormBlock,
@@ -267,8 +268,20 @@ class PostNormFFNBlock(PreNormBlock):
     """v3's block: the second norm acts on what the MLP returns, and not on what it reads.
 
     Neither the paper nor the published options say so (a setting ``pre_norm`` is never read), but the weights are
-    trained this way.
+    trained this way. The norm ends its branch, so under autocast its result is float32, as the stream it is added to.
     """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        mlp: nn.Module,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, mixer, mlp, drop_path, device=device, dtype=dtype)
+        self.norm2 = LayerNorm(dim, device=device, dtype=dtype)
 
     def mix_channels(self, x: Tensor) -> Tensor:
         """The second branch, added to its input."""
