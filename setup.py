@@ -85,8 +85,11 @@ class BuildStableExtension(BuildExtension):
         return []
 
     def get_libraries(self, ext) -> list[str]:
-        """Only what holds the stable ABI's C functions: not libc10, not libtorch_python."""
-        return [library for library in ext.libraries if library in ("torch_cpu", "torch_cuda", "cudart")]
+        """Only what holds the stable ABI's C functions: not libc10, not libtorch_python.
+
+        The CUDA runtime comes with libtorch_cuda, which is linked to it: ours is then always torch's own.
+        """
+        return [library for library in ext.libraries if library in ("torch_cpu", "torch_cuda")]
 
 
 class BuildPackage(build_py):
