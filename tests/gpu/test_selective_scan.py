@@ -34,7 +34,7 @@ def make_inputs(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> dict[str, Tensor | None]:
-    """Fresh random inputs on the GPU, by argument name. Packed: dt, B and C are slices of one tensor, as models make."""
+    """Fresh random inputs on the GPU, by name. Packed: dt, B and C are slices of one tensor, as models make them."""
     generator = torch.Generator(device="cuda").manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
