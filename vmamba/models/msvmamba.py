@@ -437,6 +437,7 @@ _published = partial(
 _v1 = partial(_published, first_conv="stem.conv")
 # The card of v3's weights says MIT.
 _v3 = partial(_published, origin_url="https://huggingface.co/YuhengSSS/MSVMamba", license="mit")
+_untrained = partial(_cfg, license="apache-2.0")  # this package's own
 
 default_cfgs = generate_default_cfgs(
     {
@@ -446,9 +447,11 @@ default_cfgs = generate_default_cfgs(
         "msvmambav3_tiny.in1k": _v3(f"{_HUB}/msvmambav3_tiny_224.pth"),
         "msvmambav3_small.in1k": _v3(f"{_HUB}/msvmambav3_small_224.pth"),
         "msvmambav3_base.in1k": _v3(f"{_HUB}/msvmambav3_base_224.pth"),
-        "msvmambav3_nano_32.untrained": _cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0),
-        "test_msvmamba.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5), first_conv="stem.conv"),
-        "test_msvmambav3.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
+        "msvmambav3_nano_32.untrained": _untrained(
+            num_classes=10, input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0
+        ),
+        "test_msvmamba.untrained": _untrained(input_size=(3, 160, 160), pool_size=(5, 5), first_conv="stem.conv"),
+        "test_msvmambav3.untrained": _untrained(input_size=(3, 160, 160), pool_size=(5, 5)),
     }
 )
 
