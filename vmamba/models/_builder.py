@@ -83,7 +83,8 @@ def _content(model: nn.Module, state_dict: Any) -> Any:
     file = cfg.get("file")
     if not file or Path(file).suffix == ".safetensors":
         return state_dict
-    return torch.load(file, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals(HARMLESS_TYPES):  # timm's own list of them has ended the outer one
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _location(model: nn.Module) -> str:

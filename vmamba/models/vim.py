@@ -11,9 +11,8 @@ rotary embedding before every block, or read ``hidden``, ``residual`` or their s
 :meth:`Vim.forward_intermediates`.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -240,6 +239,21 @@ class Streams(NamedTuple):
     residual: Tensor | None = None
     rotation: Tensor | None = None
 
+    def read(self, feature: Feature) -> Tensor:
+        """One stream or the sum of both, behind a block: (batch, L, dim).
+
+        Raises:
+            ValueError: for a feature of another name.
+        """
+        assert self.residual is not None
+        if feature == "hidden":
+            return self.hidden
+        if feature == "residual":
+            return self.residual
+        if feature == "sum":
+            return self.residual + self.hidden
+        raise ValueError(f"feature must be one of {', '.join(get_args(Feature))}, got '{feature}'")
+
 
 class VimBlock(nn.Module):
     """Adds ``hidden`` to ``residual``; the new ``hidden`` is the mixer of the normalised sum.
@@ -396,7 +410,8 @@ class Vim(PlainBackbone):
         d_state: States per channel of the scans.
         patch_size: Side of a patch in pixels.
         stride: Pixels from one patch to the next.
-        class_token: Where the class token stands; None for none, as dense models have it.
+        class_token: Where the class token stands, ``"middle"`` or ``"first"``; ``"none"`` for none, as in dense models
+            (a word, since timm's ``create_model`` passes no None on).
         average: Whether the directions are averaged; otherwise they are summed.
         rope: Whether a rotary embedding of the grid turns the stream before every block.
         drop_rate: Dropout before the classifier.
@@ -408,6 +423,8 @@ class Vim(PlainBackbone):
     """
 
     output_fmt = "NLC"
+    cls_token: Any
+    cls_pos_embed: Any
 
     def __init__(
         self,
@@ -419,7 +436,7 @@ class Vim(PlainBackbone):
         d_state: int = 16,
         patch_size: int = 16,
         stride: int = 16,
-        class_token: Place | None = "middle",
+        class_token: Literal["middle", "first", "none"] = "middle",
         average: bool = True,
         rope: bool = False,
         drop_rate: float = 0.0,
@@ -432,7 +449,8 @@ class Vim(PlainBackbone):
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
-        pool = ("avg" if class_token is None else "token") if global_pool is None else global_pool
+        place: Place | None = None if class_token == "none" else class_token
+        pool = ("avg" if place is None else "token") if global_pool is None else global_pool
         super().__init__(
             PatchEmbed(in_chans, embed_dim, patch_size, stride, **dd),
             # Each block drops what the one before it returned; the last one's output is dropped in leave().
@@ -441,7 +459,7 @@ class Vim(PlainBackbone):
                 for rate in [0.0, *rates[:-1]]
             ],
             RMSNorm(embed_dim, **dd),
-            VimHead(embed_dim, num_classes, pool, class_token, drop_rate, **dd),
+            VimHead(embed_dim, num_classes, pool, place, drop_rate, **dd),
             dim=embed_dim,
             in_chans=in_chans,
             num_classes=num_classes,
@@ -449,13 +467,13 @@ class Vim(PlainBackbone):
             img_size=img_size,
             **dd,
         )
-        self.class_token = class_token
+        self.class_token = place
         self.rope = rope
         self.init_fn = init_fn
         self.published_resize = published_resize
         self.drop_path = DropPath(rates[-1]) if rates[-1] else nn.Identity()
         self.cls_token, self.cls_pos_embed = (
-            None if class_token is None else nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) for _ in range(2)
+            None if place is None else nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) for _ in range(2)
         )
         self.init_weights()
 
@@ -464,10 +482,9 @@ class Vim(PlainBackbone):
         """Draws all parameters anew."""
         super().init_weights()
         named_apply(self.init_fn, self, include_root=True)
-        for block in self.blocks:
-            nn.init.kaiming_uniform_(block.mixer.out_proj.weight, a=math.sqrt(5))
-            with torch.no_grad():
-                block.mixer.out_proj.weight /= math.sqrt(len(self.blocks))
+        for mixer in (module for module in self.modules() if isinstance(module, VimMixer)):
+            bound = (mixer.out_proj.in_features * len(self.blocks)) ** -0.5
+            nn.init.uniform_(mixer.out_proj.weight, -bound, bound)
 
     # -- Inference ----------------------------------------------------------------------------------------------------
 
@@ -483,7 +500,8 @@ class Vim(PlainBackbone):
 
     def leave(self, state: Streams) -> Tensor:
         """All tokens (batch, L, dim), normalised, the class token among them."""
-        return self.norm(state.residual + self.drop_path(state.hidden)).to(state.hidden.dtype)
+        hidden, residual, _ = state
+        return self.norm(residual + self.drop_path(hidden)).to(hidden.dtype)
 
     def forward_intermediates(
         self,
@@ -514,11 +532,7 @@ class Vim(PlainBackbone):
         features = self._features_by_index(indices, feature)
 
         def read(index: int, state: Streams, height: int, width: int) -> Tensor:
-            tokens = {
-                "hidden": lambda: state.hidden,
-                "residual": lambda: state.residual,
-                "sum": lambda: state.residual + state.hidden,
-            }[features[index]]()
+            tokens = state.read(features[index])
             if self.class_token is not None:
                 tokens = remove(tokens, class_index(height * width, self.class_token))
             tokens = self.norm(tokens) if norm else tokens
@@ -632,14 +646,15 @@ def _split_positions(weights: StateDict, place: Place, model: Vim) -> StateDict:
     return {**weights, "pos_embed": patches, "cls_pos_embed": rows[:, index : index + 1]}
 
 
-def resize_rows_as_published(rows: Tensor, height: int, width: int) -> Tensor:
-    """The published resize of a position embedding (1, 1 + patches, dim) to (1, 1 + height * width, dim).
+def resize_rows_as_published(rows: Tensor, height: int, width: int, extra: int = 1) -> Tensor:
+    """The published resize of a position embedding (1, extra + patches, dim) to (1, extra + height * width, dim).
 
-    It keeps the first row, taking it for the class token's, and resizes the others as if they were the patches. With
-    the token in the middle, the first half of the map is thereby shifted by one patch, and one cell is the token's.
+    It keeps the first row, if one is ``extra``, as the class token's, and resizes the others as a square of patches.
+    With the token in the middle, the first half of the map is thereby shifted by one patch, and one cell is the
+    token's.
     """
-    patches = resize_pos_embed(square_map(rows[:, 1:]), height, width)
-    return torch.cat([rows[:, :1], patches.flatten(1, 2)], dim=1)
+    patches = resize_pos_embed(square_map(rows[:, extra:]), height, width)
+    return torch.cat([rows[:, :extra], patches.flatten(1, 2)], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -693,6 +708,7 @@ default_cfgs = generate_default_cfgs(
         "vim_small_patch16_224.in1k": _published("Vim-small-midclstok", "vim_s_midclstok_80p5acc.pth"),
         "vim_small_patch16_stride8_224.in1k": _published("Vim-small-midclstok", "vim_s_midclstok_ft_81p6acc.pth"),
         "vim_base_patch16_224.in1k": _published("Vim-base-midclstok", "vim_b_midclstok_81p9acc.pth"),
+        # Linked from the page of the first release only; it may have been withdrawn since.
         "vim_tiny_rope_patch16_224.in1k": _published("Vim-tiny", "vim_tiny_73p1.pth"),
         "vim_nano_32.untrained": _cfg(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0),
         "test_vim.untrained": _cfg(input_size=(3, 64, 64)),
@@ -766,7 +782,7 @@ def vim_tiny_rope_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
 @register_model
 def vim_nano_32(pretrained: bool = False, **kwargs: Any) -> Vim:
     """For 32x32 images such as CIFAR's and for one CPU core: few narrow blocks, patches of 4 pixels. Not published."""
-    model_args = {"depth": 6, "embed_dim": 64, "d_state": 8, "patch_size": 4, "stride": 4, "img_size": 32}
+    model_args = {"depth": 4, "embed_dim": 64, "d_state": 4, "patch_size": 4, "stride": 4, "img_size": 32}
     return _create_vim("vim_nano_32", pretrained, **{**model_args, **kwargs})
 
 
