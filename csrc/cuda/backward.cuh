@@ -27,14 +27,13 @@ struct Lanes {
 };
 
 struct BackwardShared {
-    int64_t low, gains, weights, weight_grads, delta, states, sums, bytes;
+    int64_t low, gains, weights, delta, states, sums, bytes;
     __host__ __device__ BackwardShared(int rank, int group, int tile) {
         const int lanes = group == 1 ? 1 : 4, threads = tile * lanes;
         low = 3 * kPageSteps;
         gains = low + (rank ? kPageSteps * rank_stride(rank) : 0);
         weights = gains + kPageSteps * 2 * group;
-        weight_grads = weights + (rank ? tile * rank_stride(rank) : 0);
-        delta = weight_grads + (rank ? tile * rank_stride(rank) : 0);
+        delta = weights + (rank ? tile * rank_stride(rank) : 0);
         states = delta + kPageSteps * delta_stride(tile);
         sums = states + (group == 1 ? 0 : kPageSteps / Lanes<kWideGroup>::kSpan * threads * (group / lanes));
         bytes = (sums + (threads / 32) * (group == 1 ? kPageSteps : 2 * Lanes<kWideGroup>::kSpan) * 2 * group) * 4;
@@ -87,16 +86,23 @@ __device__ __forceinline__ float scatter_sum(float (&value)[Count]) {
     }
 }
 
-// weight_grads (channels x rank) += step gradients (steps x channels), transposed, times rows (steps x rank).
+// Gradients of the weights from a page: step gradients (steps x channels), transposed, times rows (steps x rank). They add
+// up over pages in the block's rows of parameter gradients, (rank, D), always by the same thread.
 template <bool Exact>
-__device__ void add_weight_grads(float* weight_grads, const float* delta, int stride, const float* low, int rank,
-                                 int tile, int count) {
+__device__ void add_weight_grads(float* weight_grads, int64_t channels_left, int64_t channels, bool first_page,
+                                 const float* delta, int stride, const float* low, int rank, int tile, int count) {
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, row_stride = rank_stride(rank);
     const int columns = rank_columns(rank) / 8, units = tile / 16 * columns;
     for (int unit = threadIdx.x / 32; unit < units; unit += blockDim.x / 32) {
         const int c = unit / columns * 16, r = unit % columns * 8;
-        float* out = weight_grads + (c + g) * row_stride + r + 2 * q;
-        float acc[4] = {out[0], out[1], out[8 * row_stride], out[8 * row_stride + 1]};
+        float acc[4] = {}, before[4] = {};
+        float* to[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int channel = c + g + i / 2 * 8, column = r + 2 * q + i % 2;
+            to[i] = channel < channels_left && column < rank ? weight_grads + column * channels + channel : nullptr;
+            if (to[i] && !first_page) before[i] = *to[i];
+        }
         for (int t = 0; t < count; t += 8) {
             const float* dx = delta + (t + q) * stride + c + g;
             const float a[4] = {dx[0], dx[8], dx[4 * stride], dx[4 * stride + 8]};
@@ -104,7 +110,9 @@ __device__ void add_weight_grads(float* weight_grads, const float* delta, int st
             const float b[2] = {row[0], row[4 * row_stride]};
             mma<Exact, false, !Exact>(acc, a, b);
         }
-        out[0] = acc[0], out[1] = acc[1], out[8 * row_stride] = acc[2], out[8 * row_stride + 1] = acc[3];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (to[i]) *to[i] = before[i] + acc[i];
     }
 }
 
@@ -160,14 +168,12 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
     const PageStore page{reinterpret_cast<int*>(shared), reinterpret_cast<int*>(shared) + kPageSteps,
                          shared + 2 * kPageSteps, shared + layout.low, shared + layout.gains};
     float* weights = shared + layout.weights;
-    float* weight_grads = shared + layout.weight_grads;
     float* delta = shared + layout.delta;
     float* kept_states = shared + layout.states;
     float* sums = shared + layout.sums;
     const int stride = delta_stride(cut.tile);
     if (rank) {
         stage_weights<kExact>(weights, s, direction, first_channel, cut.tile);
-        for (int i = thread; i < cut.tile * rank_stride(rank); i += blockDim.x) weight_grads[i] = 0.f;
         clear_low(page.low, rank);
     }
 
@@ -201,6 +207,11 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
     const int64_t begin = place.chunk * cut.chunk_steps;
     const int64_t end = min(begin + cut.chunk_steps, s.steps);
     const int64_t pages = end > begin ? (end - begin + kPageSteps - 1) / kPageSteps : 0;
+    // Parameter gradients of this block's chunk: (group + 2 + R) rows of D, from the tile's first channel.
+    float* params = pass == Pass::summary
+                        ? nullptr
+                        : args.params + ((place.image * cut.chunks + place.chunk) * slices + place.slice) *
+                                            (Group + 2 + rank) * s.channels + first_channel;
     for (int64_t i = pages - 1; i >= 0; --i) {
         const int64_t at = begin + i * kPageSteps;
         const int count = static_cast<int>(min(static_cast<int64_t>(kPageSteps), end - at));
@@ -441,7 +452,8 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
                 store_as(args.ddt, (row * s.steps + at + t) * s.channels + channel, delta[t * stride + column], type);
         } else {
             store_row_grads<kExact>(rows, features, delta, stride, weights, rank, cut.tile, count);
-            add_weight_grads<kExact>(weight_grads, delta, stride, page.low, rank, cut.tile, count);
+            add_weight_grads<kExact>(params + (Group + 2) * s.channels, s.channels - first_channel, s.channels,
+                                     i == pages - 1, delta, stride, page.low, rank, cut.tile, count);
         }
     }
 
@@ -455,7 +467,6 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
         return;
     }
 
-    // Parameter gradients of this block's chunk: (group + 2 + R) rows of D.
 #pragma unroll
     for (int distance = L::kLanes / 2; distance > 0; distance /= 2) {
         d_skip += __shfl_xor_sync(kFullWarp, d_skip, distance);
@@ -463,17 +474,14 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
     }
     __syncthreads();
     if (!active) return;
-    float* params = args.params +
-                    ((place.image * cut.chunks + place.chunk) * slices + place.slice) * (Group + 2 + rank) * s.channels +
-                    channel;
 #pragma unroll
-    for (int n = 0; n < kStates; ++n) params[(part * kStates + n) * s.channels] = dA[n] * kLn2;
+    for (int n = 0; n < kStates; ++n) params[(part * kStates + n) * s.channels + column] = dA[n] * kLn2;
     if (part == 0) {
-        params[Group * s.channels] = d_skip;
-        params[(Group + 1) * s.channels] = d_bias;
+        params[Group * s.channels + column] = d_skip;
+        params[(Group + 1) * s.channels + column] = d_bias;
     }
-    for (int r = part; r < rank; r += L::kLanes)
-        params[(Group + 2 + r) * s.channels] = weight_grads[column * rank_stride(rank) + r];
+    if (pages == 0)
+        for (int r = part; r < rank; r += L::kLanes) params[(Group + 2 + r) * s.channels + column] = 0.f;
 }
 
 template <typename T, typename Grad, int Group, bool OfStates, Pass pass>

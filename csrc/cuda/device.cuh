@@ -224,9 +224,9 @@ struct Column {
 };
 
 // Byte offset of a position in the merged result of 16 channels (fused.cuh). The exclusive-or spreads the positions that
-// the four lanes of a channel pair touch together, which lie eight rows or columns apart, over the banks.
+// the four lanes of a channel pair touch together, which lie 16 rows or columns apart, over the banks.
 __device__ __forceinline__ uint32_t merged_offset(uint32_t position) {
-    return position * 64 ^ (((position >> 1) * 17 >> 1) & 0x60);
+    return position * 64 ^ (((position >> 1) * 9 >> 1) & 0x60);
 }
 
 // The tables of one (image, direction).

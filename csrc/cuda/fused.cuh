@@ -1,8 +1,8 @@
 // The forward scan with one state, for 16-bit maps that fit in shared memory: all directions in one block, merged on chip.
 //
 // A block owns 16 channels of one image and keeps their merged result, (L, 16) floats, in shared memory; it takes one
-// direction after the other. A warp takes tiles of 32 steps: lane g * 4 + q walks steps 8 q .. 8 q + 7 of channels 2g and
-// 2g + 1 from a zero state. Linearity does the rest: with P_t the product of decays since the lane's first step,
+// direction after the other. A warp takes tiles of 64 steps: lane g * 4 + q walks steps 16 q .. 16 q + 15 of channels 2g
+// and 2g + 1 from a zero state. Linearity does the rest: with P_t the product of decays since the lane's first step,
 //
 //     h_t = (h_t from zero) + P_t h_start        y_t = (y_t from zero) + C_t P_t h_start
 //
@@ -17,7 +17,7 @@
 namespace vmamba::cuda {
 
 constexpr int kFusedChannels = 16;
-constexpr int kLaneSteps = 8;
+constexpr int kLaneSteps = 16;
 constexpr int kTileSteps = 4 * kLaneSteps;
 static_assert(kTileSteps == kFusedTileSteps);
 
@@ -61,51 +61,54 @@ __device__ __forceinline__ void mma_16bit(float (&acc)[4], const uint32_t (&a)[4
     }
 }
 
-template <typename T>
-__device__ __forceinline__ void load_lane_steps(T (&x)[kLaneSteps], const T* from) {
+// A lane's 16 entries of a 16-bit table, two in a register.
+__device__ __forceinline__ void load_lane_steps(uint32_t (&x)[kLaneSteps / 2], const void* from) {
 #pragma unroll
-    for (int i = 0; i < kLaneSteps; i += 4) {
-        const int4 four = __ldg(reinterpret_cast<const int4*>(from + i));
-        x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+    for (int i = 0; i < 2; ++i) {
+        const uint4 four = __ldg(static_cast<const uint4*>(from) + i);
+        x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
+    }
+}
+__device__ __forceinline__ int signed_half(uint32_t pair, int half) {
+    return static_cast<int>(pair << (16 - 16 * half)) >> 16;
+}
+__device__ __forceinline__ uint32_t unsigned_half(uint32_t pair, int half) { return pair >> (16 * half) & 0xffff; }
+
+// The a-operands of dt_weight: high and low halves, so that they keep 16 bits or more. Rows are channels 0, 2, .. 14, 1,
+// 3, .. 15 of a tile. One thread: a lane's part of one operand. Small: eight features fill half an operand, and the other
+// half holds their low parts, for one product instead of two.
+template <typename T, int Blocks, bool Small>
+__global__ void prepare_weights_kernel(const __grid_constant__ FusedArgs args) {
+    const Scan& s = args.scan;
+    const int rank = static_cast<int>(s.rank), tiles = static_cast<int>(s.channels / kFusedChannels);
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    const int lane = i % 32, g = lane / 4, q = lane % 4, block = i / 32 % Blocks, tile = i / 32 / Blocks % tiles;
+    const int direction = i / 32 / Blocks / tiles;
+    if (direction >= s.directions) return;
+    const float* source = s.dt_weight.data + direction * s.dt_weight.direction_stride;
+    uint32_t high[4], low[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const int64_t channel = tile * kFusedChannels + 2 * g + j % 2;
+        const int feature = block * 16 + 2 * q + (Small ? 0 : j / 2 * 8);
+        const bool there = feature < rank;
+        const float x = there ? source[channel * rank + feature] * kLog2e : 0.f;
+        const float y = there ? source[channel * rank + feature + 1] * kLog2e : 0.f;
+        high[j] = pack<T>(x, y);
+        const float2 rounded = unpack<T>(high[j]);
+        low[j] = pack<T>(x - rounded.x, y - rounded.y);
+    }
+    uint4* to = args.prepared.weights + (((direction * tiles + tile) * Blocks + block) * (Small ? 1 : 2)) * 32 + lane;
+    if constexpr (Small) {
+        to[0] = make_uint4(high[0], high[1], low[0], low[1]);
+    } else {
+        to[0] = make_uint4(high[0], high[1], high[2], high[3]);
+        to[32] = make_uint4(low[0], low[1], low[2], low[3]);
     }
 }
 
-// The weights of one direction as a-operands: high and low halves, so that they keep 16 bits or more; and the picker of B
-// and C, the two features behind the low-rank ones. Rows are channels 0, 2, .. 14, 1, 3, .. 15.
-template <typename T, int Blocks, bool Small>
-struct Weights {
-    uint32_t high[Blocks][4], low[Blocks][4], pick[4];
-
-    __device__ void load(const Scan& s, int direction, int64_t first_channel, int g, int q) {
-        const int rank = static_cast<int>(s.rank);
-        const float* source = s.dt_weight.data + direction * s.dt_weight.direction_stride + first_channel * rank;
-#pragma unroll
-        for (int b = 0; b < Blocks; ++b) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int channel = 2 * g + i % 2, feature = b * 16 + 2 * q + (Small ? 0 : i / 2 * 8);
-                float2 w = make_float2(0.f, 0.f);
-                if (feature < rank) w = *reinterpret_cast<const float2*>(source + channel * rank + feature);
-                w.x *= kLog2e, w.y *= kLog2e;
-                high[b][i] = pack<T>(w.x, w.y);
-                const float2 rounded = unpack<T>(high[b][i]);
-                low[b][i] = pack<T>(w.x - rounded.x, w.y - rounded.y);
-            }
-        }
-        if constexpr (Small) {
-            // Eight features fill half an operand: the other half holds the low parts, for one product instead of two.
-            high[0][2] = low[0][2], high[0][3] = low[0][3];
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const bool here = rank % 16 == 2 * q + i / 2 * 8;
-            pick[i] = here ? (i % 2 == 0 ? pack<T>(1.f, 0.f) : pack<T>(0.f, 1.f)) : 0;
-        }
-    }
-};
-
 template <typename T, int Blocks, bool Small, typename Out>
-__global__ void __launch_bounds__(32 * kFusedWarps, 1) fused_forward_kernel(const __grid_constant__ FusedArgs args) {
+__global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2) fused_forward_kernel(const __grid_constant__ FusedArgs args) {
     const Scan& s = args.scan;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4, q = lane % 4;
     const int64_t tiles = s.channels / kFusedChannels;
@@ -120,63 +123,69 @@ __global__ void __launch_bounds__(32 * kFusedWarps, 1) fused_forward_kernel(cons
         reinterpret_cast<float4*>(merged)[i] = make_float4(0.f, 0.f, 0.f, 0.f);
 
     const Column<T> u_column(s.u, image, 0, first_channel + 2 * g);
-    const int rounds = static_cast<int>(args.route.padded) / (kTileSteps * warps);
+    const int rounds = static_cast<int>(args.prepared.padded) / (kTileSteps * warps);
     const int turns = rounds * static_cast<int>(s.directions);
-
-    // Whether every step of this warp's tile reads and writes a position: then nothing needs a look.
-    const auto is_whole = [&](int turn) {
-        return !(args.route.flags[turn / rounds] & kSomeNowhere) &&
-               (turn % rounds * warps + warp + 1) * kTileSteps <= steps;
-    };
-    // The channel pair of u at this lane's steps of a turn.
-    const auto read_u = [&](uint32_t (&u)[kLaneSteps], int turn) {
-        int places[kLaneSteps];
-        load_lane_steps(places, args.route.places + turn / rounds * args.route.padded +
-                                 (turn % rounds * warps + warp) * kTileSteps + q * kLaneSteps);
-#pragma unroll
-        for (int i = 0; i < kLaneSteps; ++i)
-            u[i] = __ldg(reinterpret_cast<const uint32_t*>(offset_by(u_column.data, max(places[i], 0), u_column.stride)));
-        if (is_whole(turn)) return;
-#pragma unroll
-        for (int i = 0; i < kLaneSteps; ++i)
-            if (places[i] < 0) u[i] = 0;
+    const auto tile_at = [&](int turn) {  // this warp's tile of a turn in the tables
+        return turn / rounds * args.prepared.padded + (turn % rounds * warps + warp) * kTileSteps;
     };
 
-    // The b-operands of the products of a turn: column g is step 8 (g / 2) + 2 j + g % 2 of the tile. Where they are few,
-    // they are read a turn ahead, like u.
-    constexpr int kProducts = kLaneSteps / 2, kWords = Small ? 1 : 2 * Blocks;
-    constexpr bool kReadAhead = Blocks <= 2;
-    const auto read_row = [&](uint32_t (&words)[kWords], int place, const Column<T>& rows) {
-        const char* row = offset_by(rows.data + 4 * q, max(place, 0), rows.stride);
+    // The channel pair of u at this lane's steps, two places in a register.
+    uint32_t u[kLaneSteps];
+    const auto read_u = [&](const uint32_t (&places)[kLaneSteps / 2]) {
 #pragma unroll
-        for (int i = 0; i < kWords; ++i) {
-            words[i] = 0;
-            if (place >= 0 && 2 * q + 8 * i < rank + 2)
-                words[i] = __ldg(reinterpret_cast<const uint32_t*>(row + i * 16));
+        for (int i = 0; i < kLaneSteps; ++i) {
+            const int place = signed_half(places[i / 2], i % 2);
+            u[i] = 0;
+            if (place >= 0) u[i] = __ldg(reinterpret_cast<const uint32_t*>(offset_by(u_column.data, place, u_column.stride)));
         }
     };
-    const auto read_rows = [&](uint32_t (&words)[kProducts][kWords], int turn) {
-        const int32_t* columns = args.route.places + turn / rounds * args.route.padded +
-                                 (turn % rounds * warps + warp) * kTileSteps + g / 2 * kLaneSteps + g % 2;
-        const Column<T> rows(s.dt, image, turn / rounds, 0);
-        int places[kProducts];
+    // The b-operands of the products: column g is step 16 (g / 2) + 2 j + g % 2 of the tile, so its places are every other
+    // one of lane q = g / 2. Where they are few, they are read a turn ahead, like u.
+    constexpr int kProducts = kLaneSteps / 2, kWords = Small ? 1 : 2;
+    const auto read_rows = [&](uint32_t (&words)[kProducts][kWords], const uint32_t (&columns)[kProducts], int direction,
+                               int block) {
+        const Column<T> rows(s.dt, image, direction, 0);
 #pragma unroll
-        for (int j = 0; j < kProducts; ++j) places[j] = __ldg(columns + 2 * j);
+        for (int j = 0; j < kProducts; ++j) {
+            const int place = signed_half(columns[j], g % 2);
+            const char* row = offset_by(rows.data + 4 * q + block * 32, max(place, 0), rows.stride);
 #pragma unroll
-        for (int j = 0; j < kProducts; ++j) read_row(words[j], places[j], rows);
+            for (int i = 0; i < kWords; ++i) {
+                words[j][i] = 0;
+                if (place >= 0 && block * 16 + 2 * q + 8 * i < rank + 2)
+                    words[j][i] = __ldg(reinterpret_cast<const uint32_t*>(row + i * 16));
+            }
+        }
     };
 
-    uint32_t ahead[kReadAhead ? kProducts : 1][kWords];
-    if constexpr (kReadAhead) read_rows(ahead, 0);
-    Weights<T, Blocks, Small> weights;
+    // Small: tables are read a turn before what they point to is read, which is a turn before that is used. Otherwise
+    // there are no registers for that, but several blocks on a multiprocessor.
+    uint32_t places[kLaneSteps / 2], columns[kProducts], ahead[kProducts][kWords];
+    load_lane_steps(places, args.prepared.places + tile_at(0) + q * kLaneSteps);
+    load_lane_steps(columns, args.prepared.places + tile_at(0) + g / 2 * kLaneSteps);
+    read_u(places);
+    if constexpr (Small) read_rows(ahead, columns, 0, 0);
+
+    // The operand that picks B and C, the two features behind the low-rank ones: B for rows 0 to 7, C for rows 8 to 15.
+    uint32_t pick[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const bool here = rank % 16 == 2 * q + i / 2 * 8;
+        pick[i] = here ? (i % 2 == 0 ? pack<T>(1.f, 0.f) : pack<T>(0.f, 1.f)) : 0;
+    }
+    const auto operands = [&](int direction) {
+        return args.prepared.weights +
+               (direction * tiles + first_channel / kFusedChannels) * Blocks * (Small ? 1 : 2) * 32 + lane;
+    };
+    uint4 weights;  // Small
     float bias[2], A[2], skip[2], carry[2];
-    uint32_t next_u[kLaneSteps];
-    read_u(next_u, 0);
+    int flags = 0;
     for (int turn = 0; turn < turns; ++turn) {
         const int direction = turn / rounds, round = turn % rounds;
         const int first = (round * warps + warp) * kTileSteps;
         if (round == 0) {
-            weights.load(s, direction, first_channel, g, q);
+            flags = args.prepared.flags[direction];
+            if constexpr (Small) weights = operands(direction)[0];
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const int64_t channel = first_channel + 2 * g + c;
@@ -186,44 +195,59 @@ __global__ void __launch_bounds__(32 * kFusedWarps, 1) fused_forward_kernel(cons
                 carry[c] = 0.f;
             }
         }
-        const int64_t at = direction * args.route.padded + first;
-        const Column<T> rows(s.dt, image, direction, 0);
         const int lane_first = first + q * kLaneSteps;
+        uint32_t offsets[kLaneSteps / 2], next_places[kLaneSteps / 2], next_columns[kProducts];
+        const int64_t next_at = tile_at(min(turn + 1, turns - 1));
+        if constexpr (Small) {
+            // On their way during the walk: offsets for the end of this turn, places and columns of the next.
+            load_lane_steps(offsets, args.prepared.offsets + tile_at(turn) + q * kLaneSteps);
+            load_lane_steps(next_places, args.prepared.places + next_at + q * kLaneSteps);
+            load_lane_steps(next_columns, args.prepared.places + next_at + g / 2 * kLaneSteps);
+        }
+
+        // Raw steps of both channels, and B and C, at steps 2 j and 2 j + 1 of this lane.
+        float x[kProducts][4], bc[kProducts][4];
+#pragma unroll
+        for (int j = 0; j < kProducts; ++j) {
+            x[j][0] = x[j][1] = bias[0], x[j][2] = x[j][3] = bias[1];
+            bc[j][0] = bc[j][1] = bc[j][2] = bc[j][3] = 0.f;
+        }
+        if constexpr (Small) {
+            const uint32_t a[4] = {weights.x, weights.y, weights.z, weights.w};
+#pragma unroll
+            for (int j = 0; j < kProducts; ++j) {
+                mma_16bit<T>(x[j], a, ahead[j][0], ahead[j][0]);
+                mma_16bit<T>(bc[j], pick, ahead[j][0], 0);
+            }
+        } else {
+#pragma unroll
+            for (int b = 0; b < Blocks; ++b) {
+                const uint4 high = operands(direction)[2 * b * 32], low = operands(direction)[(2 * b + 1) * 32];
+                const uint32_t a_high[4] = {high.x, high.y, high.z, high.w}, a_low[4] = {low.x, low.y, low.z, low.w};
+                read_rows(ahead, columns, direction, b);
+#pragma unroll
+                for (int j = 0; j < kProducts; ++j) {
+                    mma_16bit<T>(x[j], a_low, ahead[j][0], ahead[j][kWords - 1]);
+                    mma_16bit<T>(x[j], a_high, ahead[j][0], ahead[j][kWords - 1]);
+                    if (b == rank / 16) mma_16bit<T>(bc[j], pick, ahead[j][0], ahead[j][kWords - 1]);
+                }
+            }
+        }
 
         // From zero: results y, their sensitivity z to the state before the lane's first step, decay and end state.
         float y[kLaneSteps][2], z[kLaneSteps][2], decay[2] = {1.f, 1.f}, end[2] = {0.f, 0.f};
         const auto walk = [&](auto whole) {
             constexpr bool kWhole = decltype(whole)::value;
-            const int32_t* columns = args.route.places + at + g / 2 * kLaneSteps + g % 2;
 #pragma unroll
             for (int j = 0; j < kProducts; ++j) {
-                uint32_t words[kWords];
-                if constexpr (kReadAhead) {
-#pragma unroll
-                    for (int i = 0; i < kWords; ++i) words[i] = ahead[j][i];
-                } else {
-                    read_row(words, __ldg(columns + 2 * j), rows);
-                }
-                float x[4] = {bias[0], bias[0], bias[1], bias[1]}, bc[4] = {};
-                if constexpr (Small) {
-                    mma_16bit<T>(x, weights.high[0], words[0], words[0]);
-                    mma_16bit<T>(bc, weights.pick, words[0], 0);
-                } else {
-#pragma unroll
-                    for (int b = 0; b < Blocks; ++b) {
-                        mma_16bit<T>(x, weights.low[b], words[2 * b], words[2 * b + 1]);
-                        mma_16bit<T>(x, weights.high[b], words[2 * b], words[2 * b + 1]);
-                        if (b == rank / 16) mma_16bit<T>(bc, weights.pick, words[2 * b], words[2 * b + 1]);
-                    }
-                }
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const int t = 2 * j + i;
-                    const float2 pair = unpack<T>(next_u[t]);
-                    const float gain = bc[i] * kLn2, C = bc[2 + i];
+                    const float2 pair = unpack<T>(u[t]);
+                    const float gain = bc[j][i] * kLn2, C = bc[j][2 + i];
 #pragma unroll
                     for (int c = 0; c < 2; ++c) {
-                        const float raw = x[2 * c + i], e = exp2_fast(-fabsf(raw));
+                        const float raw = x[j][2 * c + i], e = exp2_fast(-fabsf(raw));
                         float step = fmaf(e, log2_1p_ratio<false>(e), fmaxf(raw, 0.f));
                         if (!kWhole && lane_first + t >= steps) step = 0.f;
                         const float input = c == 0 ? pair.x : pair.y;
@@ -236,16 +260,20 @@ __global__ void __launch_bounds__(32 * kFusedWarps, 1) fused_forward_kernel(cons
                 }
             }
         };
-        const bool whole = is_whole(turn);
+        // Whether every step of the tile is one of the route, so that none needs a look.
+        const bool whole = first + kTileSteps <= steps;
         if (whole) {
             walk(std::true_type{});
         } else {
             walk(std::false_type{});
         }
-        if (turn + 1 < turns) {
-            read_u(next_u, turn + 1);
-            if constexpr (kReadAhead) read_rows(ahead, turn + 1);
+        if constexpr (!Small) {
+            load_lane_steps(offsets, args.prepared.offsets + tile_at(turn) + q * kLaneSteps);
+            load_lane_steps(next_places, args.prepared.places + next_at + q * kLaneSteps);
+            load_lane_steps(next_columns, args.prepared.places + next_at + g / 2 * kLaneSteps);
         }
+        read_u(next_places);
+        if constexpr (Small) read_rows(ahead, next_columns, min(turn + 1, turns - 1) / rounds, 0);
 
         // Chain the four lanes of a channel pair: what enters this lane, and what leaves the last.
         float into_decay[2], into_end[2];
@@ -278,7 +306,7 @@ __global__ void __launch_bounds__(32 * kFusedWarps, 1) fused_forward_kernel(cons
 #pragma unroll
         for (int c = 0; c < 2; ++c) start[c] = fmaf(into_decay[c], start[c], into_end[c]);
 
-        if (args.checkpoints && lane_first < steps && q % 2 == 0) {
+        if (args.checkpoints && lane_first < steps) {
             float* kept = args.checkpoints +
                           ((image * s.directions + direction) * args.checkpoint_count + lane_first / checkpoint_interval(1)) *
                               s.channels + first_channel + 2 * g;
@@ -286,20 +314,16 @@ __global__ void __launch_bounds__(32 * kFusedWarps, 1) fused_forward_kernel(cons
         }
 
         const auto add = [&](auto all) {
-            uint32_t offsets[kLaneSteps];
-            int places[kLaneSteps];
-            load_lane_steps(offsets, args.route.offsets + at + q * kLaneSteps);
-            if (!decltype(all)::value) load_lane_steps(places, args.route.places + at + q * kLaneSteps);
 #pragma unroll
             for (int i = 0; i < kLaneSteps; ++i) {
-                if (!decltype(all)::value && places[i] < 0) continue;
-                float2* to = reinterpret_cast<float2*>(merged + (offsets[i] ^ 8 * g));
+                if (!decltype(all)::value && signed_half(places[i / 2], i % 2) < 0) continue;
+                float2* to = reinterpret_cast<float2*>(merged) + (unsigned_half(offsets[i / 2], i % 2) ^ g);
                 const float2 sum = *to;
                 *to = make_float2(fmaf(z[i][0], start[0], sum.x + y[i][0]), fmaf(z[i][1], start[1], sum.y + y[i][1]));
             }
         };
-        if (!(args.route.flags[direction] & kRevisits)) {
-            if (whole) {
+        if (!(flags & kRevisits)) {
+            if (whole && !(flags & kSomeNowhere)) {
                 add(std::true_type{});
             } else {
                 add(std::false_type{});
@@ -314,6 +338,8 @@ __global__ void __launch_bounds__(32 * kFusedWarps, 1) fused_forward_kernel(cons
                 __syncthreads();
             }
         }
+#pragma unroll
+        for (int i = 0; i < kLaneSteps / 2; ++i) places[i] = next_places[i], columns[i] = next_columns[i];
     }
     __syncthreads();
 
@@ -337,7 +363,9 @@ __global__ void __launch_bounds__(32 * kFusedWarps, 1) fused_forward_kernel(cons
 template <typename T, int Blocks, bool Small, typename Out>
 void launch_fused(const FusedArgs& args, cudaStream_t stream) {
     const Scan& s = args.scan;
-    const int warps = fused_warps(s.steps, s.length);
+    const int warps = fused_warps(s.steps);
+    const int64_t operands = s.directions * (s.channels / kFusedChannels) * Blocks * 32;
+    launch(prepare_weights_kernel<T, Blocks, Small>, ceil_div(operands, 128), 128, 0, stream, args);
     launch(fused_forward_kernel<T, Blocks, Small, Out>, s.batch * (s.channels / kFusedChannels), warps * 32,
            fused_shared_bytes(s.length), stream, args);
 }

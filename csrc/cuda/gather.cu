@@ -60,7 +60,7 @@ __global__ void order_visits(const ListArgs args) {
 }
 
 // One block per direction, with a bit per position in shared memory to find revisits.
-__global__ void prepare_route_kernel(Table<int32_t> table, int64_t steps, int64_t length, PreparedRoute prepared) {
+__global__ void prepare_route_kernel(Table<int32_t> table, int64_t steps, int64_t length, Prepared prepared) {
     extern __shared__ uint32_t visited[];
     for (int64_t i = threadIdx.x; i < (length + 31) / 32; i += blockDim.x) visited[i] = 0;
     __syncthreads();
@@ -70,8 +70,8 @@ __global__ void prepare_route_kernel(Table<int32_t> table, int64_t steps, int64_
         const int p = t < steps ? position(table.data + blockIdx.x * table.direction_stride, t, length) : kBehind;
         if (p >= 0) again |= atomicOr(visited + p / 32, 1u << (p % 32)) >> (p % 32) & 1;
         nowhere |= p == kNowhere;
-        prepared.places[base + t] = p;
-        prepared.offsets[base + t] = merged_offset(max(p, 0));
+        prepared.places[base + t] = static_cast<int16_t>(p);
+        prepared.offsets[base + t] = static_cast<uint16_t>(merged_offset(max(p, 0)) / 8);
     }
     again = __syncthreads_or(again);
     nowhere = __syncthreads_or(nowhere);
@@ -279,11 +279,16 @@ __global__ void __launch_bounds__(kThreads) reduce_params_kernel(const __grid_co
     const int64_t parts = s.batch * cut.chunks;
     float total = 0.f;
     if (channel < s.channels) {
-        for (int64_t part = threadIdx.x / 32; part < parts; part += kThreads / 32)
-            for (int k = k_begin; k < k_end; ++k)
-                for (int g = first_group; g < end_group; ++g)
-                    total += args.backward.params[((part * s.directions * cut.groups + k * cut.groups + g) * row_count +
-                                                   source_row) * s.channels + channel];
+        const int64_t slices = s.directions * cut.groups, part_size = slices * row_count * s.channels;
+        for (int k = k_begin; k < k_end; ++k) {
+            for (int g = first_group; g < end_group; ++g) {
+                const float* source = args.backward.params +
+                                      ((k * cut.groups + g) * row_count + source_row) * s.channels + channel;
+#pragma unroll 8
+                for (int64_t part = threadIdx.x / 32; part < parts; part += kThreads / 32)
+                    total += source[part * part_size];
+            }
+        }
     }
     __shared__ float totals[kThreads];
     totals[threadIdx.x] = total;
@@ -335,9 +340,9 @@ void list_visits(const Scan& scan, const Table<int32_t>& table, const Visits& vi
     launch(order_visits, blocks_for(args.tables * args.length), kThreads, 0, stream, args);
 }
 
-void prepare_route(const Scan& scan, const PreparedRoute& route, cudaStream_t stream) {
+void prepare_route(const Scan& scan, const Prepared& prepared, cudaStream_t stream) {
     launch(prepare_route_kernel, scan.directions, 1024, ceil_div(scan.length, 32) * 4, stream, scan.route, scan.steps,
-           scan.length, route);
+           scan.length, prepared);
 }
 
 void gather(const GatherArgs& args, cudaStream_t stream) {

@@ -26,23 +26,24 @@ struct ForwardArgs {
     float* decay = nullptr;       // summary: how much of a state survives every chunk
 };
 
-// A table as the fused forward reads it, padded to whole rounds of tiles.
-struct PreparedRoute {
-    int32_t* places = nullptr;    // (K, padded): position, kNowhere for a step that only decays, kBehind for padding
-    uint32_t* offsets = nullptr;  // (K, padded): byte offset of the position in the merged result
+// What the fused forward reads beside its tensors, prepared once per call. Tables are padded to whole rounds of tiles.
+struct Prepared {
+    int16_t* places = nullptr;    // (K, padded): position, kNowhere for a step that only decays, kBehind for padding
+    uint16_t* offsets = nullptr;  // (K, padded): offset of the position in the merged result, in channel pairs
     int32_t* flags = nullptr;     // (K): kRevisits, kSomeNowhere
+    uint4* weights = nullptr;     // (K, D / 16, blocks, high or low, lane): a-operands of dt_weight
     int64_t padded = 0;
 };
 constexpr int kNowhere = -1, kBehind = -2;
 constexpr int kRevisits = 1, kSomeNowhere = 2;
-void prepare_route(const Scan& scan, const PreparedRoute& route, cudaStream_t stream);
+void prepare_route(const Scan& scan, const Prepared& prepared, cudaStream_t stream);
 
 struct FusedArgs {
     Scan scan;
     void* out = nullptr;
     float* checkpoints = nullptr;
     int64_t checkpoint_count = 0;
-    PreparedRoute route;
+    Prepared prepared;
 };
 
 struct BackwardArgs {

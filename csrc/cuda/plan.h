@@ -61,21 +61,21 @@ inline Cut backward_cut(const Scan& scan) {
 }
 
 // Shared memory of the fused forward (fused.cuh): the merged result of 16 channels, and the warps' end states.
-constexpr int kFusedTileSteps = 32;  // of a warp
-constexpr int kFusedWarps = 16;      // at most
+constexpr int kFusedTileSteps = 64;  // of a warp
+constexpr int kFusedWarps = 8;       // at most
 constexpr int64_t fused_merged_bytes(int64_t length) { return (length + 1) / 2 * 2 * 16 * 4; }
 constexpr int64_t fused_shared_bytes(int64_t length) { return fused_merged_bytes(length) + 2 * kFusedWarps * 8 * 16; }
 
-// Warps of a block: as many as make the fewest rounds over the steps, and no more. Half as many at most where two blocks
-// fit a multiprocessor, so that one works while the other waits for its warps.
-inline int fused_warps(int64_t steps, int64_t length) {
-    const int64_t most = fused_shared_bytes(length) > 110 * 1024 ? kFusedWarps : kFusedWarps / 2;
+// Warps of a block: as many as make the fewest rounds over the steps, and no more.
+inline int fused_warps(int64_t steps) {
     const int64_t tiles = std::max<int64_t>(1, ceil_div(steps, kFusedTileSteps));
-    return static_cast<int>(ceil_div(tiles, ceil_div(tiles, most)));
+    return static_cast<int>(ceil_div(tiles, ceil_div(tiles, kFusedWarps)));
 }
-inline int64_t fused_padded_steps(int64_t steps, int64_t length) {
-    return round_up(steps, fused_warps(steps, length) * kFusedTileSteps);
-}
+inline int64_t fused_padded_steps(int64_t steps) { return round_up(steps, fused_warps(steps) * kFusedTileSteps); }
+
+// Operand blocks of 16 features that hold the low-rank ones and B and C; 0 where they are eight or less and share a block
+// with their low halves.
+inline int fused_blocks(int64_t rank) { return rank + 2 <= 8 ? 0 : rank + 2 <= 16 ? 1 : rank + 2 <= 32 ? 2 : 4; }
 
 // Whether the fused forward takes this scan: one state, 16-bit inputs, one table, dt, B and C side by side in one row as
 // models make them, and a map whose result for 16 channels fits in shared memory.

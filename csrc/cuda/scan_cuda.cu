@@ -74,7 +74,7 @@ int64_t shared_memory_limit() {
 bool use_fused(const Scan& scan) { return fused_takes(scan, shared_memory_limit()); }
 
 struct ForwardMemory {
-    PreparedRoute prepared;
+    Prepared prepared;
     float *carry, *decay;
     void* partial;  // results per slice and step, where they are not the result themselves
     Visits visits;
@@ -82,10 +82,12 @@ struct ForwardMemory {
     ForwardMemory(const Scan& scan, const Cut& cut, void* base) {
         Arena arena(base);
         if (use_fused(scan)) {
-            prepared.padded = fused_padded_steps(scan.steps, scan.length);
-            prepared.places = arena.take<int32_t>(scan.directions * prepared.padded);
-            prepared.offsets = arena.take<uint32_t>(scan.directions * prepared.padded);
+            prepared.padded = fused_padded_steps(scan.steps);
+            prepared.places = arena.take<int16_t>(scan.directions * prepared.padded);
+            prepared.offsets = arena.take<uint16_t>(scan.directions * prepared.padded);
             prepared.flags = arena.take<int32_t>(scan.directions);
+            prepared.weights = arena.take<uint4>(scan.directions * (scan.channels / 16) *
+                                                 std::max(1, 2 * fused_blocks(scan.rank)) * 32);
             bytes = arena.used();
             return;
         }
@@ -182,7 +184,7 @@ void forward(const Scan& scan, void* out, Scalar out_dtype, float* checkpoints, 
         args.out = out;
         args.checkpoints = scan.checkpoint_steps ? checkpoints : nullptr;
         args.checkpoint_count = checkpoints_of(scan);
-        args.route = memory.prepared;
+        args.prepared = memory.prepared;
         prepare_route(scan, memory.prepared, stream);
         const bool float_out = out_dtype == Scalar::f32;
         if (scan.dtype == Scalar::bf16) return fused_forward<__nv_bfloat16>(args, float_out, stream);
