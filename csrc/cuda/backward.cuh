@@ -1,5 +1,5 @@
-// The backward scan: a block walks its chunk from the last page to the first. Per page it recomputes the states from the
-// page's checkpoint, then runs the recurrence of the state's gradient backwards:
+// The backward scan: a block walks its chunk from the last page to the first. Per page it recomputes the states from
+// the page's checkpoint, then runs the recurrence of the state's gradient backwards:
 //
 //     g_t = C_t dy_t + a_{t+1} g_{t+1}          a_t = exp(dt_t A)
 //     dC_t = sum over channels of dy_t h_t       dB_t = sum over channels of g_t dt_t u_t
@@ -86,8 +86,8 @@ __device__ __forceinline__ float scatter_sum(float (&value)[Count]) {
     }
 }
 
-// Gradients of the weights from a page: step gradients (steps x channels), transposed, times rows (steps x rank). They add
-// up over pages in the block's rows of parameter gradients, (rank, D), always by the same thread.
+// Gradients of the weights from a page: step gradients (steps x channels), transposed, times rows (steps x rank). They
+// add up over pages in the block's rows of parameter gradients, (rank, D), always by the same thread.
 template <bool Exact>
 __device__ void add_weight_grads(float* weight_grads, int64_t channels_left, int64_t channels, bool first_page,
                                  const float* delta, int stride, const float* low, int rank, int tile, int count) {
@@ -143,7 +143,8 @@ __device__ void store_row_grads(float* rows, int64_t features, const float* delt
 // Pass::summary: what a chunk hands to the one before it if nothing arrives from behind, and how much of an arriving
 // gradient survives. Pass::output: all gradients.
 template <typename T, typename Grad, int Group, bool OfStates, Pass pass>
-__global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(const __grid_constant__ BackwardArgs args) {
+__global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2)
+    backward_kernel(const __grid_constant__ BackwardArgs args) {
     using L = Lanes<Group>;
     constexpr bool kExact = std::is_same_v<T, float>;
     constexpr int64_t kInterval = checkpoint_interval(Group);  // between checkpoints
@@ -155,8 +156,8 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
     const int direction = place.slice / cut.groups, first_state = place.slice % cut.groups * Group;
     const int first_channel = place.tile * cut.tile;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warps = blockDim.x / 32;
-    const int part = lane % L::kLanes;                              // which lane of the channel this is
-    const int column = warp * L::kWidth + lane / L::kLanes;         // channel within the tile
+    const int part = lane % L::kLanes;                       // which lane of the channel this is
+    const int column = warp * L::kWidth + lane / L::kLanes;  // channel within the tile
     const int64_t channel = first_channel + column;
     const bool active = channel < s.channels;
     const int64_t safe_channel = active ? channel : s.channels - 1;
@@ -208,10 +209,11 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
     const int64_t end = min(begin + cut.chunk_steps, s.steps);
     const int64_t pages = end > begin ? (end - begin + kPageSteps - 1) / kPageSteps : 0;
     // Parameter gradients of this block's chunk: (group + 2 + R) rows of D, from the tile's first channel.
-    float* params = pass == Pass::summary
-                        ? nullptr
-                        : args.params + ((place.image * cut.chunks + place.chunk) * slices + place.slice) *
-                                            (Group + 2 + rank) * s.channels + first_channel;
+    float* params = pass == Pass::summary ? nullptr
+                                          : args.params +
+                                                ((place.image * cut.chunks + place.chunk) * slices + place.slice) *
+                                                    (Group + 2 + rank) * s.channels +
+                                                first_channel;
     for (int64_t i = pages - 1; i >= 0; --i) {
         const int64_t at = begin + i * kPageSteps;
         const int count = static_cast<int>(min(static_cast<int64_t>(kPageSteps), end - at));
@@ -232,11 +234,11 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
         __syncwarp();
 
         const int silent = active ? 0 : -1;  // makes every position of a channel behind the last one negative
-        const auto read_u = [&](T (&u)[kOwn], int t) {
+        const auto read_u = [&](T(&u)[kOwn], int t) {
 #pragma unroll
             for (int j = 0; j < kOwn; ++j) u[j] = u_column.at_or_zero(page.at[t + part * kOwn + j] | silent);
         };
-        const auto read_grad = [&](Grad (&dy)[kOwn], int t) {
+        const auto read_grad = [&](Grad(&dy)[kOwn], int t) {
 #pragma unroll
             for (int j = 0; j < kOwn; ++j) {
                 const int step = t + part * kOwn + j, p = page.at[step] | silent;
@@ -251,8 +253,7 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
         };
         const auto states_grad = [&](int t, int n) {
             if (t >= count || !active || lane_state + n >= s.states) return 0.f;
-            return load_as(args.grad, (grad_base + (at + t) * s.channels) * s.states + lane_state + n,
-                           args.grad_dtype);
+            return load_as(args.grad, (grad_base + (at + t) * s.channels) * s.states + lane_state + n, args.grad_dtype);
         };
 
         if constexpr (pass == Pass::summary) {
@@ -281,8 +282,11 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
         }
 
         const auto checkpoint = [&](int t) {
-            return args.checkpoints + (((place.image * s.directions + direction) * args.checkpoint_count +
-                                        (at + t) / kInterval) * s.channels + channel) * s.states +
+            return args.checkpoints +
+                   (((place.image * s.directions + direction) * args.checkpoint_count + (at + t) / kInterval) *
+                        s.channels +
+                    channel) *
+                       s.states +
                    lane_state;
         };
         float h[kStates];
@@ -312,8 +316,7 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
                     float B[kStates];
                     load_floats(B, page.gains + (t + j) * 2 * Group + part * kStates);
 #pragma unroll
-                    for (int n = 0; n < kStates; ++n)
-                        h[n] = fmaf(exp2_fast(fmaf(step, A[n], drop)), h[n], gain * B[n]);
+                    for (int n = 0; n < kStates; ++n) h[n] = fmaf(exp2_fast(fmaf(step, A[n], drop)), h[n], gain * B[n]);
                 }
             }
         } else {
@@ -355,7 +358,8 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
             const auto finish = [&](int j, float input, float grad, float through_gain, float through_decay) {
                 float& slot = delta[(t + j) * stride + column];
                 const float step = slot, dt_grad = fmaf(through_gain, input, through_decay);
-                const float counts = t + j < count ? 1.f : 0.f;  // a factor, since a branch would end the overlap of steps
+                const float counts =
+                    t + j < count ? 1.f : 0.f;  // a factor, since a branch would end the overlap of steps
                 const float raw_grad = dt_grad * stepper.slope(step) * counts;
                 const float u_grad = fmaf(through_gain, step * kLn2, skip * grad);
                 d_skip = fmaf(grad, input, d_skip);
@@ -420,8 +424,7 @@ __global__ void __launch_bounds__(Group == 1 ? 192 : 256, 2) backward_kernel(con
                     sum_over_lanes(through_decay, own_decay);
                     __syncwarp();
 #pragma unroll
-                    for (int j = 0; j < kOwn; ++j)
-                        finish(part * kOwn + j, u[j], dy[j], own_gain[j], own_decay[j]);
+                    for (int j = 0; j < kOwn; ++j) finish(part * kOwn + j, u[j], dy[j], own_gain[j], own_decay[j]);
                     // Two buffers: the next span fills the other one while this one is added up.
                     __syncthreads();
                     float* rows = args.rows + ((row * cut.tiles + place.tile) * s.steps + at + t) * features + rank;
@@ -489,7 +492,8 @@ void launch_backward_kernel(const BackwardArgs& args, cudaStream_t stream) {
     const Cut& cut = args.cut;
     const int64_t blocks = args.scan.batch * args.scan.directions * cut.groups * cut.tiles * cut.chunks;
     const int64_t bytes = BackwardShared(static_cast<int>(args.scan.rank), Group, cut.tile).bytes;
-    launch(backward_kernel<T, Grad, Group, OfStates, pass>, blocks, cut.tile * Lanes<Group>::kLanes, bytes, stream, args);
+    launch(backward_kernel<T, Grad, Group, OfStates, pass>, blocks, cut.tile * Lanes<Group>::kLanes, bytes, stream,
+           args);
 }
 
 // One compilation unit per input dtype instantiates this.

@@ -1,5 +1,5 @@
-// What all kernels share: 16-bit and float loads, softplus in log2 units, a small tensor-core product, and the staging of
-// a page of steps (routes, parameter rows) in shared memory.
+// What all kernels share: 16-bit and float loads, softplus in log2 units, a small tensor-core product, and the staging
+// of a page of steps (routes, parameter rows) in shared memory.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -107,8 +107,8 @@ __device__ __forceinline__ float log2_1p_ratio(float e) {
 // Whether it is, is two numbers rather than a branch, so that the steps of an unrolled loop overlap.
 template <bool Exact>
 struct Stepper {
-    float bias = 0.f;         // / ln 2
-    float floor = 0.f;        // -inf without softplus
+    float bias = 0.f;           // / ln 2
+    float floor = 0.f;          // -inf without softplus
     float with_softplus = 1.f;  // 0 without
 
     __device__ Stepper(const Param& dt_bias, int direction, int64_t channel, bool softplus) {
@@ -202,8 +202,8 @@ __device__ __forceinline__ int position(const int32_t* table, int64_t t, int64_t
     return static_cast<uint32_t>(p) < static_cast<uint64_t>(length) ? p : -1;
 }
 
-// A column of an activation: one feature at every position of an (image, direction). Positions and strides multiply to 64
-// bits in one instruction; check_supported sees to it that the stride fits.
+// A column of an activation: one feature at every position of an (image, direction). Positions and strides multiply to
+// 64 bits in one instruction; check_supported sees to it that the stride fits.
 template <typename T>
 struct Column {
     const char* data;
@@ -223,8 +223,8 @@ struct Column {
     }
 };
 
-// Byte offset of a position in the merged result of 16 channels (fused.cuh). The exclusive-or spreads the positions that
-// the four lanes of a channel pair touch together, which lie 16 rows or columns apart, over the banks.
+// Byte offset of a position in the merged result of 16 channels (fused.cuh). The exclusive-or spreads the positions
+// that the four lanes of a channel pair touch together, which lie 16 rows or columns apart, over the banks.
 __device__ __forceinline__ uint32_t merged_offset(uint32_t position) {
     return position * 64 ^ (((position >> 1) * 9 >> 1) & 0x60);
 }
@@ -315,7 +315,8 @@ __device__ __forceinline__ void load_floats(float (&x)[Count], const float* from
     }
 }
 
-// The weights that expand low-rank steps, (tile, rank_stride), zero outside; once per block. Rounded to tf32 unless Exact.
+// The weights that expand low-rank steps, (tile, rank_stride), zero outside; once per block. Rounded to tf32 unless
+// Exact.
 template <bool Exact>
 __device__ inline void stage_weights(float* weights, const Scan& s, int direction, int first_channel, int tile) {
     const int rank = static_cast<int>(s.rank), stride = rank_stride(rank);

@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
     const int thread = threadIdx.x, warp_channel = thread / 32 * 32;
     const int64_t channel = first_channel + thread;
     const bool active = channel < s.channels;
-    const int64_t safe_channel = active ? channel : s.channels - 1;  // read, but not written, by threads behind the last
+    const int64_t safe_channel =
+        active ? channel : s.channels - 1;  // read, but not written, by threads behind the last
     const int64_t row = place.image * slices + place.slice;
 
     extern __shared__ __align__(16) float shared[];
@@ -83,13 +84,18 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
     const int64_t out_rows = OfStates ? place.image * s.directions + direction : row;
     const int64_t begin = place.chunk * cut.chunk_steps;
     const int64_t end = min(begin + cut.chunk_steps, s.steps);
-    char* out = reinterpret_cast<char*>(static_cast<Out*>(args.out) +
-                                        ((out_rows * s.steps + begin) * s.channels + channel) *
-                                            (OfStates ? s.states : 1) + (OfStates ? first_state : 0));
-    float* kept = args.checkpoints
-                      ? args.checkpoints + (((place.image * s.directions + direction) * args.checkpoint_count +
-                                             begin / kInterval) * s.channels + channel) * s.states + first_state
-                      : nullptr;
+    char* out =
+        reinterpret_cast<char*>(static_cast<Out*>(args.out) +
+                                ((out_rows * s.steps + begin) * s.channels + channel) * (OfStates ? s.states : 1) +
+                                (OfStates ? first_state : 0));
+    float* kept =
+        args.checkpoints
+            ? args.checkpoints +
+                  (((place.image * s.directions + direction) * args.checkpoint_count + begin / kInterval) * s.channels +
+                   channel) *
+                      s.states +
+                  first_state
+            : nullptr;
     if (s.rank) clear_low(page.low, static_cast<int>(s.rank));
     for (int64_t at = begin; at < end; at += kPageSteps) {
         const int count = static_cast<int>(min(static_cast<int64_t>(kPageSteps), end - at));

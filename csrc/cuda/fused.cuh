@@ -1,8 +1,9 @@
-// The forward scan with one state, for 16-bit maps that fit in shared memory: all directions in one block, merged on chip.
+// The forward scan with one state, for 16-bit maps that fit in shared memory: all directions in one block, merged on
+// chip.
 //
 // A block owns 16 channels of one image and keeps their merged result, (L, 16) floats, in shared memory; it takes one
-// direction after the other. A warp takes tiles of 64 steps: lane g * 4 + q walks steps 16 q .. 16 q + 15 of channels 2g
-// and 2g + 1 from a zero state. Linearity does the rest: with P_t the product of decays since the lane's first step,
+// direction after the other. A warp takes tiles of 64 steps: lane g * 4 + q walks steps 16 q .. 16 q + 15 of channels
+// 2g and 2g + 1 from a zero state. Linearity does the rest: with P_t the product of decays since the lane's first step,
 //
 //     h_t = (h_t from zero) + P_t h_start        y_t = (y_t from zero) + C_t P_t h_start
 //
@@ -46,8 +47,8 @@ __device__ __forceinline__ float2 unpack<__half>(uint32_t bits) {
     return __half22float2(*reinterpret_cast<const __half2*>(&bits));
 }
 
-// acc (16 x 8) += a (16 x 16) * b (16 x 8). Lane g * 4 + q holds a at {(g, 2q), (g + 8, 2q), (g, 2q + 8), (g + 8, 2q + 8)}
-// and b at {(2q, g), (2q + 8, g)}, each with its right or lower neighbour; acc as for tf32.
+// acc (16 x 8) += a (16 x 16) * b (16 x 8). Lane g * 4 + q holds a at {(g, 2q), (g + 8, 2q), (g, 2q + 8), (g + 8, 2q +
+// 8)} and b at {(2q, g), (2q + 8, g)}, each with its right or lower neighbour; acc as for tf32.
 template <typename T>
 __device__ __forceinline__ void mma_16bit(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (std::is_same_v<T, __half>) {
@@ -74,9 +75,9 @@ __device__ __forceinline__ int signed_half(uint32_t pair, int half) {
 }
 __device__ __forceinline__ uint32_t unsigned_half(uint32_t pair, int half) { return pair >> (16 * half) & 0xffff; }
 
-// The a-operands of dt_weight: high and low halves, so that they keep 16 bits or more. Rows are channels 0, 2, .. 14, 1,
-// 3, .. 15 of a tile. One thread: a lane's part of one operand. Small: eight features fill half an operand, and the other
-// half holds their low parts, for one product instead of two.
+// The a-operands of dt_weight: high and low halves, so that they keep 16 bits or more. Rows are channels 0, 2, .. 14,
+// 1, 3, .. 15 of a tile. One thread: a lane's part of one operand. Small: eight features fill half an operand, and the
+// other half holds their low parts, for one product instead of two.
 template <typename T, int Blocks, bool Small>
 __global__ void prepare_weights_kernel(const __grid_constant__ FusedArgs args) {
     const Scan& s = args.scan;
@@ -108,7 +109,8 @@ __global__ void prepare_weights_kernel(const __grid_constant__ FusedArgs args) {
 }
 
 template <typename T, int Blocks, bool Small, typename Out>
-__global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2) fused_forward_kernel(const __grid_constant__ FusedArgs args) {
+__global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2)
+    fused_forward_kernel(const __grid_constant__ FusedArgs args) {
     const Scan& s = args.scan;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4, q = lane % 4;
     const int64_t tiles = s.channels / kFusedChannels;
@@ -136,14 +138,15 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2) fused_forward
         for (int i = 0; i < kLaneSteps; ++i) {
             const int place = signed_half(places[i / 2], i % 2);
             u[i] = 0;
-            if (place >= 0) u[i] = __ldg(reinterpret_cast<const uint32_t*>(offset_by(u_column.data, place, u_column.stride)));
+            if (place >= 0)
+                u[i] = __ldg(reinterpret_cast<const uint32_t*>(offset_by(u_column.data, place, u_column.stride)));
         }
     };
-    // The b-operands of the products: column g is step 16 (g / 2) + 2 j + g % 2 of the tile, so its places are every other
-    // one of lane q = g / 2. Where they are few, they are read a turn ahead, like u.
+    // The b-operands of the products: column g is step 16 (g / 2) + 2 j + g % 2 of the tile, so its places are every
+    // other one of lane q = g / 2. Where they are few, they are read a turn ahead, like u.
     constexpr int kProducts = kLaneSteps / 2, kWords = Small ? 1 : 2;
-    const auto read_rows = [&](uint32_t (&words)[kProducts][kWords], const uint32_t (&columns)[kProducts], int direction,
-                               int block) {
+    const auto read_rows = [&](uint32_t (&words)[kProducts][kWords], const uint32_t (&columns)[kProducts],
+                               int direction, int block) {
         const Column<T> rows(s.dt, image, direction, 0);
 #pragma unroll
         for (int j = 0; j < kProducts; ++j) {
@@ -189,7 +192,8 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2) fused_forward
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const int64_t channel = first_channel + 2 * g + c;
-                bias[c] = s.dt_bias.data ? s.dt_bias.data[direction * s.dt_bias.direction_stride + channel] * kLog2e : 0.f;
+                bias[c] =
+                    s.dt_bias.data ? s.dt_bias.data[direction * s.dt_bias.direction_stride + channel] * kLog2e : 0.f;
                 A[c] = s.A.data[direction * s.A.direction_stride + channel];
                 skip[c] = s.D.data ? s.D.data[direction * s.D.direction_stride + channel] : 0.f;
                 carry[c] = 0.f;
@@ -307,9 +311,11 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2) fused_forward
         for (int c = 0; c < 2; ++c) start[c] = fmaf(into_decay[c], start[c], into_end[c]);
 
         if (args.checkpoints && lane_first < steps) {
-            float* kept = args.checkpoints +
-                          ((image * s.directions + direction) * args.checkpoint_count + lane_first / checkpoint_interval(1)) *
-                              s.channels + first_channel + 2 * g;
+            float* kept =
+                args.checkpoints +
+                ((image * s.directions + direction) * args.checkpoint_count + lane_first / checkpoint_interval(1)) *
+                    s.channels +
+                first_channel + 2 * g;
             *reinterpret_cast<float2*>(kept) = make_float2(start[0], start[1]);
         }
 

@@ -8,7 +8,9 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__device__ __forceinline__ int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+__device__ __forceinline__ int64_t global_thread() {
+    return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
 
 int64_t blocks_for(int64_t threads) { return ceil_div(threads, kThreads); }
 
@@ -91,8 +93,7 @@ struct alignas(sizeof(T) * Width < 16 ? sizeof(T) * Width : 16) Pack {
 template <typename Source, typename Target, int Width>
 __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherArgs args) {
     constexpr int kTogether = 4;  // directions whose loads are in flight together
-    const uint32_t blocks_each =
-        static_cast<uint32_t>((args.length * args.packs.by + kThreads - 1) / kThreads);
+    const uint32_t blocks_each = static_cast<uint32_t>((args.length * args.packs.by + kThreads - 1) / kThreads);
     const uint32_t outer = blockIdx.x / blocks_each;
     const uint32_t i = (blockIdx.x - outer * blocks_each) * kThreads + threadIdx.x;
     const uint32_t l = divide(i, args.packs);
@@ -191,7 +192,8 @@ struct RowGatherArgs {
     Divisor kinds, directions;
 };
 
-// One thread: one feature of one position of one direction. Features: R of the low-rank steps, then N of B, then N of C.
+// One thread: one feature of one position of one direction. Features: R of the low-rank steps, then N of B, then N of
+// C.
 __global__ void __launch_bounds__(kThreads) gather_rows_kernel(const __grid_constant__ RowGatherArgs args) {
     const Scan& s = args.backward.scan;
     const Cut& cut = args.backward.cut;
@@ -230,8 +232,8 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(const __grid_cons
             for (int g = first_group; g < end_group; ++g) {
                 const int64_t slice = (image * s.directions + k) * cut.groups + g;
                 for (int tile = 0; tile < cut.tiles; ++tile)
-                    total += args.backward.rows[((slice * cut.tiles + tile) * s.steps + t) * row_features +
-                                                source_feature];
+                    total +=
+                        args.backward.rows[((slice * cut.tiles + tile) * s.steps + t) * row_features + source_feature];
             }
         }
     }
@@ -282,8 +284,8 @@ __global__ void __launch_bounds__(kThreads) reduce_params_kernel(const __grid_co
         const int64_t slices = s.directions * cut.groups, part_size = slices * row_count * s.channels;
         for (int k = k_begin; k < k_end; ++k) {
             for (int g = first_group; g < end_group; ++g) {
-                const float* source = args.backward.params +
-                                      ((k * cut.groups + g) * row_count + source_row) * s.channels + channel;
+                const float* source =
+                    args.backward.params + ((k * cut.groups + g) * row_count + source_row) * s.channels + channel;
 #pragma unroll 8
                 for (int64_t part = threadIdx.x / 32; part < parts; part += kThreads / 32)
                     total += source[part * part_size];
@@ -332,8 +334,8 @@ __global__ void fold_kernel(float* carry, const float* decay, int64_t rows, int6
 void check(cudaError_t status);
 
 void list_visits(const Scan& scan, const Table<int32_t>& table, const Visits& visits, cudaStream_t stream) {
-    ListArgs args{table, visits, (visits.per_image ? scan.batch : 1) * scan.directions, scan.directions, scan.steps,
-                  scan.length};
+    ListArgs args{table,           visits,     (visits.per_image ? scan.batch : 1) * scan.directions,
+                  scan.directions, scan.steps, scan.length};
     if (args.tables * args.length == 0) return;
     check(cudaMemsetAsync(visits.last, 0xff, args.tables * args.length * sizeof(int32_t), stream));
     launch(link_visits, blocks_for(args.tables * args.steps), kThreads, 0, stream, args);
@@ -367,7 +369,13 @@ RowGatherArgs with_outputs(const BackwardArgs& args, const Visits& visits, const
     const auto outputs = [&](const Rows& rows) {
         return rows.direction_stride == 0 ? 1 : static_cast<int>(args.scan.directions);
     };
-    return {args, visits, gradients, outputs(args.scan.dt), outputs(args.scan.B), outputs(args.scan.C), Divisor(static_cast<uint32_t>(args.scan.rank + 2 * args.scan.states)),
+    return {args,
+            visits,
+            gradients,
+            outputs(args.scan.dt),
+            outputs(args.scan.B),
+            outputs(args.scan.C),
+            Divisor(static_cast<uint32_t>(args.scan.rank + 2 * args.scan.states)),
             Divisor(static_cast<uint32_t>(args.scan.directions))};
 }
 }  // namespace

@@ -1,4 +1,5 @@
-// What the host code and the kernels' compilation units say to each other: argument blocks and one entry point per unit.
+// What the host code and the kernels' compilation units say to each other: argument blocks and one entry point per
+// unit.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,12 +19,12 @@ void check(cudaError_t status);
 struct ForwardArgs {
     Scan scan;
     Cut cut;
-    int64_t checkpoint_count = 0; // checkpoints of one (image, direction)
-    void* out = nullptr;          // (batch, slice, T, D); the states themselves for Result::states
-    float* checkpoints = nullptr; // or null
-    const float* carry = nullptr; // state before every chunk (batch, slice, chunk, D, group), or null for zero
-    float* carry_out = nullptr;   // summary: end state of every chunk from zero
-    float* decay = nullptr;       // summary: how much of a state survives every chunk
+    int64_t checkpoint_count = 0;  // checkpoints of one (image, direction)
+    void* out = nullptr;           // (batch, slice, T, D); the states themselves for Result::states
+    float* checkpoints = nullptr;  // or null
+    const float* carry = nullptr;  // state before every chunk (batch, slice, chunk, D, group), or null for zero
+    float* carry_out = nullptr;    // summary: end state of every chunk from zero
+    float* decay = nullptr;        // summary: how much of a state survives every chunk
 };
 
 // What the fused forward reads beside its tensors, prepared once per call. Tables are padded to whole rounds of tiles.
@@ -74,14 +75,15 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t 
             const Arguments&... arguments) {
     if (blocks == 0) return;
     if (shared_bytes > 48 * 1024)
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shared_bytes)));
+        check(
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
     kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
     check(cudaGetLastError());
 }
 
 // Lists of visits per position, for each direction of each table (gather.cu). last: (tables, L), the last step that
-// visits a position or -1; previous: (tables, T), the visit before a step's, so that a walk from last goes back in time.
+// visits a position or -1; previous: (tables, T), the visit before a step's, so that a walk from last goes back in
+// time.
 struct Visits {
     int32_t* last = nullptr;
     int32_t* previous = nullptr;
@@ -108,7 +110,8 @@ void gather(const GatherArgs& args, cudaStream_t stream);
 void sum_groups(const float* source, int64_t rows, int groups, int64_t size, void* target, Scalar target_dtype,
                 cudaStream_t stream);
 
-// Gradients of low-rank steps, B and C: sums of BackwardArgs::rows over tiles, groups, visits and, if shared, directions.
+// Gradients of low-rank steps, B and C: sums of BackwardArgs::rows over tiles, groups, visits and, if shared,
+// directions.
 void gather_rows(const BackwardArgs& args, const Visits& visits, const Gradients& gradients, cudaStream_t stream);
 
 // Gradients of A, D, dt_bias and dt_weight: sums of BackwardArgs::params over images and chunks.

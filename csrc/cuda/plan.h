@@ -1,8 +1,9 @@
-// How a scan is cut into thread blocks, and where its intermediate results lie in the workspace. Plain C++: decided from
-// sizes alone, never from values, so that the choice costs no synchronisation and can be captured.
+// How a scan is cut into thread blocks, and where its intermediate results lie in the workspace. Plain C++: decided
+// from sizes alone, never from values, so that the choice costs no synchronisation and can be captured.
 //
 // Vocabulary. A *slice* is one direction with one group of states (all of them up to 16; larger N gives several groups,
-// whose outputs add up). A *page* is 64 steps: what a block stages in shared memory at a time. A *chunk* is a run of pages that one block walks; with several chunks a summary pass and a fold come first.
+// whose outputs add up). A *page* is 64 steps: what a block stages in shared memory at a time. A *chunk* is a run of
+// pages that one block walks; with several chunks a summary pass and a fold come first.
 #pragma once
 
 #include <algorithm>
@@ -23,11 +24,11 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 struct Cut {
-    int group = 1;         // states in a group
-    int groups = 1;        // groups of states in a direction
-    int tile = 32;         // channels in a block
-    int tiles = 1;         // blocks over the channels
-    int64_t chunks = 1;    // blocks over the steps
+    int group = 1;       // states in a group
+    int groups = 1;      // groups of states in a direction
+    int tile = 32;       // channels in a block
+    int tiles = 1;       // blocks over the channels
+    int64_t chunks = 1;  // blocks over the steps
     int64_t chunk_steps = kPageSteps;
 };
 
@@ -45,8 +46,8 @@ inline Cut cut(const Scan& scan, int most_channels, int lanes_per_channel, int64
     c.tile = balanced_tile(std::max<int64_t>(scan.channels, 1), most_channels);
     c.tiles = static_cast<int>(ceil_div(scan.channels, c.tile));
     const int64_t pages = std::max<int64_t>(1, ceil_div(scan.steps, kPageSteps));
-    const int64_t warps = std::max<int64_t>(
-        1, scan.batch * scan.directions * c.groups * c.tiles * (c.tile * lanes_per_channel / 32));
+    const int64_t warps =
+        std::max<int64_t>(1, scan.batch * scan.directions * c.groups * c.tiles * (c.tile * lanes_per_channel / 32));
     int64_t chunks = 1;
     // A summary pass costs about as much as the scan itself: chunks must at least triple the parallelism to pay.
     if (warps * 3 <= warps_wanted) chunks = std::min(pages, ceil_div(warps_wanted, warps));
@@ -73,12 +74,12 @@ inline int fused_warps(int64_t steps) {
 }
 inline int64_t fused_padded_steps(int64_t steps) { return round_up(steps, fused_warps(steps) * kFusedTileSteps); }
 
-// Operand blocks of 16 features that hold the low-rank ones and B and C; 0 where they are eight or less and share a block
-// with their low halves.
+// Operand blocks of 16 features that hold the low-rank ones and B and C; 0 where they are eight or less and share a
+// block with their low halves.
 inline int fused_blocks(int64_t rank) { return rank + 2 <= 8 ? 0 : rank + 2 <= 16 ? 1 : rank + 2 <= 32 ? 2 : 4; }
 
-// Whether the fused forward takes this scan: one state, 16-bit inputs, one table, dt, B and C side by side in one row as
-// models make them, and a map whose result for 16 channels fits in shared memory.
+// Whether the fused forward takes this scan: one state, 16-bit inputs, one table, dt, B and C side by side in one row
+// as models make them, and a map whose result for 16 channels fits in shared memory.
 inline bool fused_takes(const Scan& s, int64_t shared_bytes) {
     const auto at = [](const Rows& rows) { return reinterpret_cast<uintptr_t>(rows.data); };
     const auto same_strides = [](const Rows& a, const Rows& b) {

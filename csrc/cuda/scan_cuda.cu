@@ -45,8 +45,9 @@ Scalar partial_dtype(const Scan& scan, const Cut& cut) {
 }
 
 void check_supported(const Scan& scan, Scalar result_dtype) {
-    STD_TORCH_CHECK(scan.length < std::numeric_limits<int32_t>::max() && scan.steps < std::numeric_limits<int32_t>::max(),
-                    "selective_scan on CUDA takes maps and routes of less than 2^31 entries");
+    STD_TORCH_CHECK(
+        scan.length < std::numeric_limits<int32_t>::max() && scan.steps < std::numeric_limits<int32_t>::max(),
+        "selective_scan on CUDA takes maps and routes of less than 2^31 entries");
     STD_TORCH_CHECK(scan.checkpoint_steps == 0 || scan.checkpoint_steps == checkpoint_interval(scan.states),
                     "selective_scan on CUDA keeps a checkpoint every ", checkpoint_interval(scan.states),
                     " steps, not every ", scan.checkpoint_steps);
