@@ -116,6 +116,15 @@ def profile(name: str, task: str, mode: str, batch: int, size: int) -> None:
     print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=24, max_name_column_width=70))
 
 
+def write(path: Path, rows: list[dict[str, object]]) -> None:
+    """Writes what there is so far: a run that is cut short leaves its finished comparisons."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def settings() -> dict[str, object]:
     """What the numbers depend on."""
     return {
@@ -151,12 +160,10 @@ def main() -> None:
             for point in points:
                 profile(name, *point)
         return
-    rows = [row for point in points for row in compare(args.models, *point, args.rounds)]
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*rows[0], *facts])
-        writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
+    rows: list[dict[str, object]] = []
+    for point in points:
+        rows += compare(args.models, *point, args.rounds)
+        write(args.csv, [{**row, **facts} for row in rows])
     print(f"written to {args.csv}")
 
 

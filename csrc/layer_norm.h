@@ -8,7 +8,7 @@
 namespace vmamba {
 
 struct LayerNorm {
-    const void* x = nullptr;       // (rows, channels), contiguous
+    const void* x = nullptr;        // (rows, channels), contiguous
     const float* weight = nullptr;  // (channels)
     const float* bias = nullptr;
     int64_t rows = 0;

@@ -123,10 +123,12 @@ class Arguments {
     }
 
     Rows input_rows(const Tensor& u) {
-        const Tensor x = with_contiguous_rows(u);
+        // A stride of 0 would say that the directions share one gradient.
+        const bool expanded = u.dim() == 4 && u.size(1) > 1 && u.stride(1) == 0;
+        const Tensor x = expanded ? keep(torch::stable::contiguous(u)) : with_contiguous_rows(u);
         if (x.dim() == 3) return {x.const_data_ptr(), x.stride(0), 0, x.stride(1)};
         STD_TORCH_CHECK(x.size(1) == scan.directions, "u has the wrong number of directions");
-        return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+        return {x.const_data_ptr(), x.stride(0), x.size(1) == 1 ? 0 : x.stride(1), x.stride(2)};
     }
 
     // (batch, L, K or 1, features)
@@ -165,7 +167,6 @@ class Arguments {
 
     std::vector<Tensor> kept_;
 };
-
 
 // The kernels of one device. Workspace is memory the kernel needs beside its outputs, in bytes.
 struct Kernels {
@@ -325,9 +326,7 @@ STABLE_TORCH_LIBRARY_IMPL(vmamba, CPU, m) {
     m.impl("selective_scan_backward", TORCH_BOX(&vmamba::backward<vmamba::kCpu>));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vmamba, CompositeExplicitAutograd, m) {
-    m.impl("cpu_isa", TORCH_BOX(&vmamba::cpu::isa));
-}
+STABLE_TORCH_LIBRARY_IMPL(vmamba, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&vmamba::cpu::isa)); }
 
 #ifdef VMAMBA_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(vmamba, CUDA, m) {

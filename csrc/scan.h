@@ -1,5 +1,5 @@
-// What a selective scan is told, in plain pointers, sizes and strides: no torch in here, so that every kernel (CPU, CUDA)
-// reads the same description.
+// What a selective scan is told, in plain pointers, sizes and strides: no torch in here, so that every kernel (CPU,
+// CUDA) reads the same description.
 #pragma once
 
 #include <cstdint>
@@ -40,12 +40,12 @@ struct Table {
 
 struct Scan {
     int64_t batch = 0;
-    int64_t length = 0;      // L, positions of the map
-    int64_t directions = 0;  // K
-    int64_t steps = 0;       // T
-    int64_t channels = 0;    // D
-    int64_t states = 0;      // N
-    int64_t rank = 0;        // R of a low-rank dt; 0 for a full one
+    int64_t length = 0;          // L, positions of the map
+    int64_t directions = 0;      // K
+    int64_t steps = 0;           // T
+    int64_t channels = 0;        // D
+    int64_t states = 0;          // N
+    int64_t rank = 0;            // R of a low-rank dt; 0 for a full one
     Scalar dtype = Scalar::f32;  // of u, dt, B and C
     Result result = Result::merged;
     bool dt_softplus = true;
@@ -60,14 +60,14 @@ struct Scan {
     Table<int32_t> param_route;  // where dt, B and C are read; negative: they are 0
     Table<uint8_t> reset;        // nonzero: the state is zeroed before this step; may be null
 
-    // The state before every checkpoint_steps-th step, (batch, K, ceil(T / checkpoint_steps), D, N), kept by the forward
-    // for the backward. 0: none is kept.
+    // The state before every checkpoint_steps-th step, (batch, K, ceil(T / checkpoint_steps), D, N), kept by the
+    // forward for the backward. 0: none is kept.
     int64_t checkpoint_steps = 0;
 };
 
 // Where the backward writes: contiguous, in the shapes of the inputs. Null for an absent input.
 struct Gradients {
-    void* u = nullptr;   // in Scan::dtype, like dt, B and C
+    void* u = nullptr;  // in Scan::dtype, like dt, B and C
     void* dt = nullptr;
     void* B = nullptr;
     void* C = nullptr;

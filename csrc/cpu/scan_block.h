@@ -98,8 +98,7 @@ void raw_steps(const Scan& scan, const Parameters<M>& parameters, int64_t image,
             for (int i = s; i < s + now; ++i) {
                 Block<M> raw = parameters.dt_bias;
                 if (positions[i] >= 0) {
-                    const Block<M> full =
-                        Block<M>::read(row(scan.dt, image, direction, positions[i]) + channel, count);
+                    const Block<M> full = Block<M>::read(row(scan.dt, image, direction, positions[i]) + channel, count);
                     for (int m = 0; m < M; ++m) raw.v[m] += full.v[m];
                 }
                 raw.write(dt + i * kWidth, kWidth);
@@ -129,8 +128,8 @@ inline void softplus_in_place(float* x, int64_t size) {
     for (int64_t i = 0; i < size; i += kLanes) store(x + i, softplus(load(x + i)));
 }
 
-// The recurrence over one tile of steps. `state` is [N][kWidth] and carries on; Visit sees every step's state and input.
-// N is the number of states if known at compile time, else 0.
+// The recurrence over one tile of steps. `state` is [N][kWidth] and carries on; Visit sees every step's state and
+// input. N is the number of states if known at compile time, else 0.
 template <int M, int N, typename Visit>
 void advance(const Scan& scan, const Parameters<M>& parameters, int64_t image, int64_t direction, int64_t channel,
              int count, const int32_t* route, const int32_t* param_route, const uint8_t* reset, int steps,
@@ -139,8 +138,8 @@ void advance(const Scan& scan, const Parameters<M>& parameters, int64_t image, i
     const int64_t states = N > 0 ? N : scan.states;
     for (int s = 0; s < steps; ++s) {
         const bool reads = route[s] >= 0, has_params = param_route[s] >= 0;
-        const Block<M> u = reads ? Block<M>::read(row(scan.u, image, direction, route[s]) + channel, count)
-                                 : Block<M>::zero();
+        const Block<M> u =
+            reads ? Block<M>::read(row(scan.u, image, direction, route[s]) + channel, count) : Block<M>::zero();
         const Block<M> dt = Block<M>::read(dt_tile + s * kWidth, kWidth);
         const float* B = has_params ? row(scan.B, image, direction, param_route[s]) : nullptr;
         const float carry = reset && reset[s] ? 0.0f : 1.0f;
@@ -185,30 +184,31 @@ void forward_direction(const ForwardTask& task, int64_t direction, float* memory
 
         advance<M, N>(scan, parameters, task.image, direction, task.channel, task.count, route + t, param_route + t,
                       reset ? reset + t : nullptr, steps, dt, state, [&](int s, const Block<M>& u) {
-            if (scan.result == Result::states) {
-                float* to = task.out + ((first_row + t + s) * scan.channels + task.channel) * states;
-                for (int c = 0; c < task.count; ++c)
-                    for (int64_t n = 0; n < states; ++n) to[c * states + n] = state[n * kWidth + c];
-                return;
-            }
-            const bool merged = scan.result == Result::merged, reads = route[t + s] >= 0;
-            if (merged && !reads) return;
-            Block<M> y = Block<M>::zero();
-            if (reads) {
-                for (int m = 0; m < M; ++m) y.v[m] = parameters.D.v[m] * u.v[m];
-                if (param_route[t + s] >= 0) {
-                    const float* C = row(scan.C, task.image, direction, param_route[t + s]);
-                    for (int64_t n = 0; n < states; ++n)
-                        for (int m = 0; m < M; ++m) y.v[m] += load(state + n * kWidth + m * kLanes) * C[n];
-                }
-            }
-            if (merged) {
-                const int64_t position = task.image * scan.length + route[t + s];
-                y.add_to(task.out + position * scan.channels + task.channel, task.count);
-            } else {
-                y.write(task.out + (first_row + t + s) * scan.channels + task.channel, task.count);
-            }
-        });
+                          if (scan.result == Result::states) {
+                              float* to = task.out + ((first_row + t + s) * scan.channels + task.channel) * states;
+                              for (int c = 0; c < task.count; ++c)
+                                  for (int64_t n = 0; n < states; ++n) to[c * states + n] = state[n * kWidth + c];
+                              return;
+                          }
+                          const bool merged = scan.result == Result::merged, reads = route[t + s] >= 0;
+                          if (merged && !reads) return;
+                          Block<M> y = Block<M>::zero();
+                          if (reads) {
+                              for (int m = 0; m < M; ++m) y.v[m] = parameters.D.v[m] * u.v[m];
+                              if (param_route[t + s] >= 0) {
+                                  const float* C = row(scan.C, task.image, direction, param_route[t + s]);
+                                  for (int64_t n = 0; n < states; ++n)
+                                      for (int m = 0; m < M; ++m)
+                                          y.v[m] += load(state + n * kWidth + m * kLanes) * C[n];
+                              }
+                          }
+                          if (merged) {
+                              const int64_t position = task.image * scan.length + route[t + s];
+                              y.add_to(task.out + position * scan.channels + task.channel, task.count);
+                          } else {
+                              y.write(task.out + (first_row + t + s) * scan.channels + task.channel, task.count);
+                          }
+                      });
     }
 }
 
@@ -271,7 +271,7 @@ struct BackwardScratch {
             return piece;
         };
         dt = take(chunk);
-        slope = take(chunk);                          // d softplus
+        slope = take(chunk);  // d softplus
         u = take(chunk);
         ddt = take(chunk);
         before = take(chunk * scan.states + scan.states * kWidth);  // the state before each step, and after the last
@@ -367,8 +367,8 @@ void backward_direction(const BackwardTask& task, int64_t direction, float* memo
 
             Block<M> gy = Block<M>::zero();
             if (scan.result == Result::merged && position >= 0) {
-                gy = Block<M>::read(
-                    task.grad + (task.image * scan.length + position) * scan.channels + task.channel, task.count);
+                gy = Block<M>::read(task.grad + (task.image * scan.length + position) * scan.channels + task.channel,
+                                    task.count);
             } else if (scan.result == Result::steps && position >= 0) {
                 gy = Block<M>::read(task.grad + (first_row + t) * scan.channels + task.channel, task.count);
             } else if (scan.result == Result::states) {
@@ -392,7 +392,7 @@ void backward_direction(const BackwardTask& task, int64_t direction, float* memo
                     const Vec before = load(scratch.before + s * size + at) * carry;
                     const Vec decay = exp2(dt.v[m] * a);
                     const Vec dh = load(scratch.dstate + at) + gy.v[m] * c;
-                    const Vec kept = dh * decay;       // what flows on to the state before
+                    const Vec kept = dh * decay;        // what flows on to the state before
                     const Vec decayed = kept * before;  // d loss / d (dt * A)
                     const Vec dt_dh = dt.v[m] * dh;
                     for_B.v[m] = dt_dh * u.v[m];

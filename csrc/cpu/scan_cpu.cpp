@@ -203,8 +203,12 @@ void forward(const Scan& given, void* out, Scalar out_dtype, float* checkpoints,
         const Floats scratch = uninitialised(forward_memory(scan, split.width));
         for (int64_t i = begin; i < end; ++i) {
             const int64_t block = i % split.blocks;
-            const ForwardTask task{&scan,  i / split.blocks, split.channel(block), split.count(scan, block),
-                                   result, scan.checkpoint_steps > 0 ? checkpoints : nullptr};
+            const ForwardTask task{&scan,
+                                   i / split.blocks,
+                                   split.channel(block),
+                                   split.count(scan, block),
+                                   result,
+                                   scan.checkpoint_steps > 0 ? checkpoints : nullptr};
             kernels.forward(task, split.vectors, scratch.get());
         }
     });
@@ -240,8 +244,10 @@ class Parts {
 class Sum {
   public:
     Sum(Scalar dtype, void* gradient, int64_t size) : dtype_(dtype), gradient_(gradient), size_(gradient ? size : 0) {
-        if (dtype != Scalar::f32) memory_ = zeros(size_);
-        else if (size_ > 0) std::fill_n(data(), size_, 0.0f);
+        if (dtype != Scalar::f32)
+            memory_ = zeros(size_);
+        else if (size_ > 0)
+            std::fill_n(data(), size_, 0.0f);
     }
     float* data() { return memory_ ? memory_.get() : static_cast<float*>(gradient_); }
     void finish() {

@@ -1,17 +1,15 @@
 // LayerNorm of rows of up to 1536 channels: a warp holds a row in registers, reads it once and writes it once, in the
 // dtype that the next layer wants. PyTorch's kernel gives a row a whole block, which narrow rows cannot fill.
-#include "layer_norm.h"
-
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
 #include <algorithm>
-
 #include <type_traits>
 
 #include "device.cuh"
 #include "kernels.h"
+#include "layer_norm.h"
 
 namespace vmamba::cuda {
 namespace {
@@ -75,7 +73,7 @@ struct Row {
 };
 
 template <typename X, typename Y, int Packs, int Rows>
-__global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
     forward_kernel(LayerNorm norm, Y* __restrict__ y, float* __restrict__ means, float* __restrict__ rstds) {
     const int lane = threadIdx.x % kWarp;
     const int channels = static_cast<int>(norm.channels);
@@ -110,8 +108,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
         for (int p = 0; p < Packs; ++p)
 #pragma unroll
             for (int i = 0; i < kPack; ++i)
-                rows[r].values[p][i] =
-                    (rows[r].values[p][i] - mean) * rstd * weight.values[p][i] + bias.values[p][i];
+                rows[r].values[p][i] = (rows[r].values[p][i] - mean) * rstd * weight.values[p][i] + bias.values[p][i];
         rows[r].write(y + (first + r) * norm.channels, lane, channels);
         if (means && lane == 0) {
             means[first + r] = mean;
@@ -123,7 +120,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
 // Every warp takes the rows warp, warp + warps, ... and sums its share of the parameters' gradients in registers; the
 // block adds its warps up in order and writes one row of (2, channels) to `partial`.
 template <typename X, typename Y, int Packs>
-__global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
     backward_kernel(LayerNorm norm, const Y* __restrict__ dy, const float* __restrict__ means,
                     const float* __restrict__ rstds, X* __restrict__ dx, float* __restrict__ partial) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -159,8 +156,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
 #pragma unroll
         for (int p = 0; p < Packs; ++p)
 #pragma unroll
-            for (int i = 0; i < kPack; ++i)
-                x.values[p][i] = rstd * (g.values[p][i] - sum - x.values[p][i] * along);
+            for (int i = 0; i < kPack; ++i) x.values[p][i] = rstd * (g.values[p][i] - sum - x.values[p][i] * along);
         x.write(dx + row * norm.channels, lane, channels);
     }
 

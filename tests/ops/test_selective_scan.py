@@ -120,6 +120,20 @@ def test_non_contiguous_inputs():
     assert relative_error(leaf.grad, other.grad) < 1e-6
 
 
+def test_an_expanded_u_has_a_gradient_per_direction():
+    case = named("u_per_direction")
+    inputs = as_dtype(case, torch.float32)
+    shared = inputs["u"][:, :1].clone()
+    want = results_and_gradients(case, {**inputs, "u": shared.repeat(1, case.K, 1, 1)})
+    leaf = shared.clone().requires_grad_()
+    result = case.run({**inputs, "u": leaf.expand(-1, case.K, -1, -1)})
+    assert torch.equal(result, want["result"])
+    generator = torch.Generator().manual_seed(7)
+    projection = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result)
+    (gradient,) = torch.autograd.grad(result, [leaf], projection)
+    assert relative_error(gradient, want["u"].sum(1, keepdim=True)) < 1e-6
+
+
 def test_a_single_gradient_can_be_asked_for():
     case = PLAIN
     inputs = as_dtype(case, torch.float32)
