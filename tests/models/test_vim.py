@@ -34,6 +34,13 @@ FAMILY = "vim"
 SMALL = ["test_vim", "test_vim_rope"]
 
 
+def needs_gpu(reason: str):
+    return pytest.mark.skipif(not torch.cuda.is_available(), reason=reason)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu("there is no GPU")])]
+
+
 # -- Published numbers ------------------------------------------------------------------------------------------------
 
 
@@ -287,9 +294,10 @@ def test_set_input_size_changes_no_output():
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 30])
-def test_convolutions_are_causal_in_their_direction(length):
-    conv = BidirectionalConv(6)
-    x = torch.randn(2, length, 6)
+@pytest.mark.parametrize("device", DEVICES)
+def test_convolutions_are_causal_in_their_direction(length, device):
+    conv = BidirectionalConv(6, device=device)
+    x = torch.randn(2, length, 6, device=device)
 
     def causal(x, weight, bias):
         return F.conv1d(x.transpose(1, 2), weight.unsqueeze(1), bias, padding=3, groups=6)[..., :length].transpose(1, 2)
@@ -479,11 +487,9 @@ def test_nano_trains_on_small_images():
 
 # -- The packages Vim was written on ----------------------------------------------------------------------------------
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="mamba-ssm and causal-conv1d run on a GPU only")
-
 
 @pytest.mark.gpu
-@needs_gpu
+@needs_gpu("mamba-ssm and causal-conv1d run on a GPU only")
 def test_scan_agrees_with_mamba_ssm():
     interface = pytest.importorskip("mamba_ssm.ops.selective_scan_interface")
     ssm = SelectiveSSM(64, 4, 16, device="cuda")
@@ -501,7 +507,7 @@ def test_scan_agrees_with_mamba_ssm():
 
 
 @pytest.mark.gpu
-@needs_gpu
+@needs_gpu("mamba-ssm and causal-conv1d run on a GPU only")
 def test_convolution_agrees_with_causal_conv1d():
     package = pytest.importorskip("causal_conv1d")
     conv = BidirectionalConv(64, device="cuda")

@@ -156,14 +156,24 @@ class BidirectionalConv(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Both in one convolution, twice as wide and symmetric: half of its taps are zero, but it reads and writes the
-        # sequence channels last as it lies, where two causal ones copy it to cut what they compute beyond its ends.
-        _, dim, width = self.weight.shape
-        forwards, backwards = F.pad(self.weight, (0, width - 1)).unbind()
-        kernel = torch.cat([forwards, backwards.flip(-1)]).view(2 * dim, 1, 2 * width - 1, 1)
-        image = torch.cat([x, x], dim=-1).unsqueeze(2).permute(0, 3, 1, 2)  # (batch, 2 * dim, L, 1)
-        y = F.conv2d(image, kernel, self.bias.flatten(), padding=(width - 1, 0), groups=2 * dim)
-        return y.permute(0, 2, 3, 1).unflatten(-1, (2, dim)).squeeze(2).transpose(1, 2)
+        return convolve_both_ways(x, self.weight, self.bias)
+
+
+@torch.fx.wrap  # how it computes depends on the device, so it is not traced into
+def convolve_both_ways(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """:class:`BidirectionalConv` as a function of its parameters.
+
+    Both directions are one convolution, twice as wide and symmetric. Half of its taps are zero, but it reads and writes
+    the sequence channels last as it lies, where two causal ones copy it to cut what they compute beyond its ends.
+    """
+    _, dim, width = weight.shape
+    forwards, backwards = F.pad(weight, (0, width - 1)).unbind()
+    kernel = torch.cat([forwards, backwards.flip(-1)]).unsqueeze(1)
+    sequence = torch.cat([x, x], dim=-1).mT
+    # The sequence is an image of one row for cuDNN and of one column for oneDNN, each being far slower the other way.
+    axis, padding = (-2, (0, width - 1)) if x.is_cuda else (-1, (width - 1, 0))
+    y = F.conv2d(sequence.unsqueeze(axis), kernel.unsqueeze(axis), bias.flatten(), padding=padding, groups=2 * dim)
+    return y.squeeze(axis).mT.unflatten(-1, (2, dim)).transpose(1, 2)
 
 
 class DirectionalSSM(SelectiveSSM):
