@@ -169,11 +169,11 @@ def convolve_both_ways(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     _, dim, width = weight.shape
     forwards, backwards = F.pad(weight, (0, width - 1)).unbind()
     kernel = torch.cat([forwards, backwards.flip(-1)]).unsqueeze(1)
-    sequence = torch.cat([x, x], dim=-1).mT
-    # The sequence is an image of one row for cuDNN and of one column for oneDNN, each being far slower the other way.
-    axis, padding = (-2, (0, width - 1)) if x.is_cuda else (-1, (width - 1, 0))
-    y = F.conv2d(sequence.unsqueeze(axis), kernel.unsqueeze(axis), bias.flatten(), padding=padding, groups=2 * dim)
-    return y.squeeze(axis).mT.unflatten(-1, (2, dim)).transpose(1, 2)
+    # The sequence is a map of one row for cuDNN and of one column for oneDNN, each being far slower the other way.
+    axis, padding = (1, (0, width - 1)) if x.is_cuda else (2, (width - 1, 0))
+    image = torch.cat([x, x], dim=-1).unsqueeze(axis).permute(0, 3, 1, 2)
+    y = F.conv2d(image, kernel.unsqueeze(axis + 1), bias.flatten(), padding=padding, groups=2 * dim)
+    return y.permute(0, 2, 3, 1).squeeze(axis).unflatten(-1, (2, dim)).transpose(1, 2)
 
 
 class DirectionalSSM(SelectiveSSM):
