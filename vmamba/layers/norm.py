@@ -5,14 +5,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from vmamba.ops import layer_norm
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype autocast asks for on the device of ``x``; None outside autocast, and for meta tensors."""
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
+from vmamba.ops.autocast import autocast_dtype
 
 
 @register_notrace_module
@@ -20,7 +13,7 @@ class LayerNorm(nn.LayerNorm):
     """:class:`torch.nn.LayerNorm` over the channels, faster on a GPU. Under autocast its result is float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._norm(x, x.dtype if _autocast_dtype(x) is None else torch.float32)
+        return self._norm(x, x.dtype if autocast_dtype(x) is None else torch.float32)
 
     def _norm(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps, dtype)
@@ -34,7 +27,7 @@ class BranchNorm(LayerNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._norm(x, _autocast_dtype(x) or x.dtype)
+        return self._norm(x, autocast_dtype(x) or x.dtype)
 
 
 @register_notrace_module

@@ -8,6 +8,7 @@ the way out. Elsewhere (CPU, torch.compile, whose own kernel fuses more) PyTorch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vmamba.ops import extension, schema
 from vmamba.ops.registration import LIBRARY
@@ -35,7 +36,7 @@ def layer_norm(
     if _has_kernel(x, out_dtype):
         weight, bias = weight.float(), bias.float()
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
-            return torch.ops.vmamba.layer_norm(x, weight, bias, eps, out_dtype)[0]
+            return _EagerNorm.apply(x, weight, bias, eps, out_dtype)[0]
         return torch.ops.vmamba.layer_norm_forward(x, weight, bias, eps, out_dtype)
     compute = torch.promote_types(x.dtype, torch.float32)
     normed = F.layer_norm(x.to(compute), weight.shape, weight.to(compute), bias.to(compute), eps)
@@ -75,6 +76,26 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, _grad_mean, _grad_rstd):
     dx, dweight, dbias = torch.ops.vmamba.layer_norm_backward(grad, *ctx.saved_tensors)
     return dx, dweight, dbias, None, None
+
+
+class _EagerNorm(torch.autograd.Function):
+    """The differentiable operator without the wrapping of torch.library, which costs more time than a small norm."""
+
+    @staticmethod
+    def forward(x, weight, bias, eps, out_dtype):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.vmamba.layer_norm(x, weight, bias, eps, out_dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1], output[2])
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_mean, grad_rstd):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _backward(ctx, grad, grad_mean, grad_rstd)
 
 
 def _no_second_derivative(ctx, *grads):

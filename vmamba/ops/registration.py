@@ -8,9 +8,11 @@ scan); ``selective_scan_backward`` gives all gradients at once. The kernels come
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from vmamba.ops import extension, schema
+from vmamba.ops.autocast import autocast_dtype
 
 
 def checkpoint_steps(device_type: str, states: int) -> int:
@@ -39,12 +41,13 @@ def call(
 ) -> Tensor:
     """Runs the kernel for ``u``'s device: through autograd only where a gradient may be asked for."""
     extension.require_kernel(u.device)
-    _check_dtypes(u, dt, B, C)
+    u, dt, B, C = _one_dtype(u, dt, B, C)
     inputs = (u, dt, _float32(A), B, C, _float32(D), _float32(dt_weight), _float32(dt_bias))
     tables = (route, param_route, reset)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         every = checkpoint_steps(u.device.type, A.shape[-1])
-        return torch.ops.vmamba.selective_scan(*inputs, *tables, dt_softplus, result, out_dtype, every)[0]
+        scan = torch.ops.vmamba.selective_scan if torch.compiler.is_compiling() else _EagerScan.apply
+        return scan(*inputs, *tables, dt_softplus, result, out_dtype, every)[0]
     return torch.ops.vmamba.selective_scan_forward(*inputs, *tables, dt_softplus, result, out_dtype, 0)[0]
 
 
@@ -52,15 +55,19 @@ def _float32(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.dtype is torch.float32 else x.float()
 
 
-def _check_dtypes(u: Tensor, dt: Tensor, B: Tensor, C: Tensor | None) -> None:
+def _one_dtype(u: Tensor, dt: Tensor, B: Tensor, C: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The activations in the one dtype that the kernels want them in: under autocast, in autocast's."""
+    dtype = autocast_dtype(u)
+    if dtype is not None:
+        return u.to(dtype), dt.to(dtype), B.to(dtype), None if C is None else C.to(dtype)
     if u.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(
             f"the kernels take float32, bfloat16 and float16, got {u.dtype}; backend='reference' takes float64 too"
         )
-    same = dt.dtype == u.dtype and B.dtype == u.dtype and (C is None or C.dtype == u.dtype)
-    if not same and not torch.is_autocast_enabled(u.device.type):
+    if not (dt.dtype == u.dtype and B.dtype == u.dtype and (C is None or C.dtype == u.dtype)):
         found = {"u": u.dtype, "dt": dt.dtype, "B": B.dtype, **({} if C is None else {"C": C.dtype})}
         raise TypeError(f"u, dt, B and C must share one dtype, got {found}; cast them or run under torch.autocast")
+    return u, dt, B, C
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,6 +113,25 @@ def _backward(ctx, grad, _grad_checkpoints):
     )
     differentiable = (g if there else None for g, there in zip(grads, ctx.present, strict=False))
     return (*differentiable, *(None,) * 7)
+
+
+class _EagerScan(torch.autograd.Function):
+    """The differentiable operator without the wrapping of torch.library, which costs more time than a small scan."""
+
+    @staticmethod
+    def forward(*args):
+        return torch.ops.vmamba.selective_scan_forward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_checkpoints):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _backward(ctx, grad, grad_checkpoints)
 
 
 def _no_second_derivative(ctx, *grads):
