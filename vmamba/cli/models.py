@@ -67,4 +67,5 @@ def describe(name: str) -> Row:
     cfg = default_cfg(name)
     family = sys.modules[model_entrypoint(name).__module__]
     cost = count(model, cfg.input_size)
-    return Row(name, cost.params, cost.macs, getattr(family, "PUBLISHED_TOP1", {}).get(name), cfg.license)
+    published = getattr(family, "ALIASES", {}).get(name, name)
+    return Row(name, cost.params, cost.macs, getattr(family, "PUBLISHED_TOP1", {}).get(published), cfg.license)

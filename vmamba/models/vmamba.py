@@ -119,13 +119,12 @@ PUBLISHED_TOP1 = {
 }
 """ImageNet-1K top-1 accuracy in percent at 224x224, as the authors published it."""
 
-# The short names for the three that the authors present as VMamba-T, -S and -B.
-_SHORT_NAMES = {
+ALIASES = {
     "vmamba_tiny": "vmamba_tiny_s1l8",
     "vmamba_small": "vmamba_small_s2l15",
     "vmamba_base": "vmamba_base_s2l15",
 }
-PUBLISHED_TOP1 |= {short: PUBLISHED_TOP1[name] for short, name in _SHORT_NAMES.items()}
+"""Short names for the three that the authors present as VMamba-T, -S and -B."""
 
 
 def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:

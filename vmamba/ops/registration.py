@@ -46,7 +46,8 @@ def call(
     tables = (route, param_route, reset)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         every = checkpoint_steps(u.device.type, A.shape[-1])
-        scan = torch.ops.vmamba.selective_scan if torch.compiler.is_compiling() else _EagerScan.apply
+        in_a_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # which shows operators, not Python
+        scan = torch.ops.vmamba.selective_scan if in_a_graph else _EagerScan.apply
         return scan(*inputs, *tables, dt_softplus, result, out_dtype, every)[0]
     return torch.ops.vmamba.selective_scan_forward(*inputs, *tables, dt_softplus, result, out_dtype, 0)[0]
 
