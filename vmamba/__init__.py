@@ -4,5 +4,6 @@ Importing the package registers every model with timm, so that ``timm.create_mod
 """
 
 from vmamba import models as models
+from vmamba.ops import backend_info as backend_info
 
 __version__ = "0.1.0"

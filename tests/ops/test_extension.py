@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import vmamba
 from vmamba.ops import backend_info
 from vmamba.ops.extension import has_kernel, library_path
 
@@ -35,6 +36,7 @@ def run(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.Completed
 def test_the_kernels_are_built_and_run():
     info = backend_info()
     assert info["cpu"].backend == "kernel", info["cpu"].reason
+    assert vmamba.backend_info() == info
     assert re.search(r"avx512|avx2|baseline", info["cpu"].reason)
 
 
