@@ -5,10 +5,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from torch import nn
 
 from vmamba.models._checkpoint import HARMLESS_TYPES, CheckpointError, StateDict, check_fit, why_unreadable
+
+
+def imagenet_cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+    """timm's pretrained configuration of a model as all families were published: ImageNet-1K, 224x224, crop 0.875.
+
+    Args:
+        url: Where the weights are; empty where there is no link to them.
+        **kwargs: What the family adds or has otherwise, at least ``first_conv``.
+    """
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "classifier": "head.fc",
+        **kwargs,
+    }
 
 
 def build_model(

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import InvertedResidual as TimmInvertedResidual
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from vmamba.layers import ConvStem, GatedSS2D, PatchMerging, PatchStem
 from vmamba.models import _vmamba_layout
-from vmamba.models._builder import build_model
+from vmamba.models._builder import build_model, imagenet_cfg
 from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
 from vmamba.ops import DECAY_ONLY, register_route
@@ -228,21 +227,7 @@ PUBLISHED_TOP1 = {"efficientvmamba_tiny": 76.5, "efficientvmamba_small": 78.7, "
 """ImageNet-1K top-1 accuracy in percent at 224x224, as the authors published it."""
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        **kwargs,
-    }
+_cfg = partial(imagenet_cfg, first_conv="stem.conv", license="apache-2.0")
 
 
 def _published(size: str) -> dict[str, Any]:

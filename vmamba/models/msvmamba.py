@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -44,7 +43,7 @@ from vmamba.layers import (
     dt_rank,
 )
 from vmamba.models import _vmamba_layout
-from vmamba.models._builder import build_model
+from vmamba.models._builder import build_model, imagenet_cfg
 from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
 from vmamba.ops import get_route, register_route
@@ -411,21 +410,7 @@ PUBLISHED_TOP1 = {
 """ImageNet-1K top-1 accuracy in percent at 224x224, as the authors published it."""
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1",
-        "classifier": "head.fc",
-        "license": "none stated",
-        **kwargs,
-    }
+_cfg = partial(imagenet_cfg, first_conv="stem.conv1", license="none stated")
 
 
 _published = partial(

@@ -11,17 +11,17 @@ The published weights need the published scan, which is not what the paper descr
 - the skip is added by each direction, so four times.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, ConvNormAct, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
 
 from vmamba.layers import Conv2dNHWC, PreNormBlock, SelectiveSSM, dt_rank, init_weights
-from vmamba.models._builder import build_model
+from vmamba.models._builder import build_model, imagenet_cfg
 from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._plain import PlainBackbone, fit_pos_embed, square_map
 from vmamba.ops import get_route, grid_table, register_route, reverse, selective_scan
@@ -343,21 +343,7 @@ PUBLISHED_TOP1 = {"plainmamba_l1": 77.9, "plainmamba_l2": 81.6, "plainmamba_l3":
 """ImageNet-1K top-1 accuracy in percent at 224x224, as the authors published it."""
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (14, 14),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.convs.0.conv",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        **kwargs,
-    }
+_cfg = partial(imagenet_cfg, first_conv="stem.convs.0.conv", license="apache-2.0", pool_size=(14, 14))
 
 
 def _published(size: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from vmamba.layers import (
     dt_rank,
 )
 from vmamba.models import _mlla_layout
-from vmamba.models._builder import build_model
+from vmamba.models._builder import build_model, imagenet_cfg
 from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
 from vmamba.models._vmamba_layout import is_published
@@ -256,21 +255,7 @@ PUBLISHED_TOP1 = {"spatialmamba_tiny": 83.5, "spatialmamba_small": 84.6, "spatia
 """ImageNet-1K top-1 accuracy in percent at 224x224, as the authors published it."""
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1.conv",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        **kwargs,
-    }
+_cfg = partial(imagenet_cfg, first_conv="stem.conv1.conv", license="apache-2.0")
 
 
 def _published(file: str) -> dict[str, Any]:

@@ -12,18 +12,18 @@ rotary embedding before every block, or read ``hidden``, ``residual`` or their s
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, apply_rot_embed, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
 
 from vmamba.layers import Conv2dNHWC, SelectiveSSM, dt_rank
 from vmamba.layers.stem import to_nhwc
-from vmamba.models._builder import build_model
+from vmamba.models._builder import build_model, imagenet_cfg
 from vmamba.models._checkpoint import StateDict, rename, unwrap
 from vmamba.models._plain import PlainBackbone, fit_pos_embed, resize_pos_embed, square_map
 from vmamba.ops import get_route
@@ -683,23 +683,9 @@ PUBLISHED_TOP1 = {
 version has 80.3 and 81.4 for the small models."""
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    # The published models carry a mean and deviation of 0.5 and a crop of 0.9, which are not what they were trained and
-    # evaluated with.
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        **kwargs,
-    }
+# The published models carry a mean and deviation of 0.5 and a crop of 0.9, which are not what they were trained and
+# evaluated with.
+_cfg = partial(imagenet_cfg, first_conv="stem.conv", license="apache-2.0", pool_size=None)
 
 
 def _published(repository: str, file: str) -> dict[str, Any]:

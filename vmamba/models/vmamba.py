@@ -9,14 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
 from vmamba.layers import SS2D, ConvDownsample, ConvStem, GatedSS2D, PatchMerging, PatchStem, PreNormBlock
 from vmamba.models import _vmamba_layout
-from vmamba.models._builder import build_model
+from vmamba.models._builder import build_model, imagenet_cfg
 from vmamba.models._checkpoint import rename, unwrap
 from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
 
@@ -127,21 +126,7 @@ ALIASES = {
 """Short names for the three that the authors present as VMamba-T, -S and -B."""
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1",
-        "classifier": "head.fc",
-        "license": "mit",
-        **kwargs,
-    }
+_cfg = partial(imagenet_cfg, first_conv="stem.conv1", license="mit")
 
 
 def _published(path: str, **kwargs: Any) -> dict[str, Any]:
