@@ -16,6 +16,9 @@ enum class Pass { summary, output };
 // A failed CUDA call or launch becomes an exception (scan_cuda.cu, which knows how torch words it).
 void check(cudaError_t status);
 
+// The stream torch queues its work on, on this device.
+cudaStream_t current_stream(int device);
+
 struct ForwardArgs {
     Scan scan;
     Cut cut;

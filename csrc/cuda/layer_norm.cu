@@ -1,8 +1,6 @@
 // LayerNorm of rows of up to 1536 channels: a warp holds a row in registers, reads it once and writes it once, in the
 // dtype that the next layer wants. PyTorch's kernel gives a row a whole block, which narrow rows cannot fill.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
 
 #include <algorithm>
 #include <type_traits>
@@ -186,12 +184,6 @@ __global__ void sum_partials(const float* partial, int blocks, int channels, flo
         for (int part = 1; part < kSumParts; ++part) total += parts[part][threadIdx.x];
         (column < channels ? dweight[column] : dbias[column - channels]) = total;
     }
-}
-
-cudaStream_t current_stream(int device) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    return static_cast<cudaStream_t>(stream);
 }
 
 int backward_blocks(const LayerNorm& norm, int device) {

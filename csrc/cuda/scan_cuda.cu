@@ -16,13 +16,13 @@ namespace vmamba::cuda {
 
 void check(cudaError_t status) { STD_CUDA_CHECK(status); }
 
-namespace {
-
 cudaStream_t current_stream(int device) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     return static_cast<cudaStream_t>(stream);
 }
+
+namespace {
 
 int64_t checkpoints_of(const Scan& scan) { return ceil_div(scan.steps, checkpoint_interval(scan.states)); }
 int64_t rows_of(const Scan& scan, const Cut& cut) { return scan.batch * scan.directions * cut.groups; }
