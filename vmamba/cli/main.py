@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("vmamba.cli.train", "train a classifier; alone, a small one on handwritten digits"),
     "validate": ("vmamba.cli.validate", "measure accuracy on labelled images"),
     "predict": ("vmamba.cli.predict", "name what is on images"),
+    "scenes": ("vmamba.cli.scenes", "make detection and segmentation data: digits in scenes"),
     "models": ("vmamba.cli.models", "list the models: parameters, MACs, top-1, licence"),
 }
 
