@@ -10,8 +10,8 @@ whatever reads those reads it::
     scenes.json                                                     how the folder was made
 
 Labels are ADE20K's kind (``reduce_zero_label=True``): 0 is not labelled and never counts, 1 is background, ``d + 2`` is
-the digit d. Objects whose outline has no hole are polygons, others run lengths; a heap of digits too small to tell apart
-is one object with ``iscrowd`` 1, and 0 on the label map. The category of the digit d is ``d + 1``.
+the digit d. Objects whose outline has no hole are polygons, others run lengths; a heap of digits too small to tell
+apart is one object with ``iscrowd`` 1, and 0 on the label map. The category of the digit d is ``d + 1``.
 
 Scenes for training show training scans alone, scenes for validation held-out ones alone. A scene follows from the seed
 and its own number, not from how many there are.
@@ -204,7 +204,7 @@ def _make_split(folder: Path, split: str, count: int, recipe: SceneRecipe) -> No
 def _scans(split: str) -> list[tuple[Image.Image, int]]:
     """The scans that scenes of a split may show, and their digits."""
     reader = DigitsReader("train" if split == "train" else "validation")
-    return [(Image.open(file).convert("L"), digit) for file, digit in reader]
+    return [(Image.open(file).convert("L"), digit) for file, digit in map(reader.__getitem__, range(len(reader)))]
 
 
 def _coco_entry(one: SceneObject, image_id: int, entry_id: int) -> dict[str, Any]:
