@@ -96,7 +96,8 @@ class PlainBackbone(Backbone):
         """What :meth:`forward_features` returns, from what the last block returns."""
         return self.norm(state)
 
-    def _run(self, blocks: Iterable[nn.Module], state: Any) -> Any:
+    def run_blocks(self, blocks: Iterable[nn.Module], state: Any) -> Any:
+        """What the last of ``blocks`` returns, from what the first takes; with activation checkpointing if it is on."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint_seq(blocks, state)
         for block in blocks:
@@ -105,7 +106,7 @@ class PlainBackbone(Backbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (batch, C, H, W) to the last normalised features."""
-        return self.leave(self._run(self.blocks.children(), self.enter(self.embed(x))))
+        return self.leave(self.run_blocks(self.blocks.children(), self.enter(self.embed(x))))
 
     def forward_intermediates(
         self,
@@ -159,7 +160,7 @@ class PlainBackbone(Backbone):
         for i, block in enumerate(self.blocks):
             if stop_early and i > last:
                 break
-            state = self._run([block], state)
+            state = self.run_blocks([block], state)
             if i in taken:
                 intermediates.append(_as_format(read(i, state, height, width), output_fmt))
         return intermediates if intermediates_only else (self.leave(state), intermediates)
