@@ -17,6 +17,8 @@ COMMANDS = {
     "validate": ("vmamba.cli.validate", "measure accuracy on labelled images"),
     "predict": ("vmamba.cli.predict", "name what is on images"),
     "scenes": ("vmamba.cli.scenes", "make detection and segmentation data: digits in scenes"),
+    "show": ("vmamba.cli.show", "draw a model's routes, receptive field, attention and features"),
+    "benchmark": ("vmamba.cli.benchmark", "measure speed and memory of models beside timm's"),
     "models": ("vmamba.cli.models", "list the models: parameters, MACs, top-1, licence"),
 }
 

@@ -3,6 +3,7 @@
 from vmamba.ops.drawing import draw_route
 from vmamba.ops.extension import BackendInfo, backend_info
 from vmamba.ops.layer_norm import layer_norm
+from vmamba.ops.recording import ScanCall, record_scans
 from vmamba.ops.reference import selective_scan_reference
 from vmamba.ops.routes import (
     DECAY_ONLY,
@@ -18,6 +19,7 @@ from vmamba.ops.selective_scan import selective_scan
 __all__ = [
     "DECAY_ONLY",
     "BackendInfo",
+    "ScanCall",
     "backend_info",
     "check_route",
     "draw_route",
@@ -25,6 +27,7 @@ __all__ = [
     "grid_table",
     "layer_norm",
     "list_routes",
+    "record_scans",
     "register_route",
     "reverse",
     "selective_scan",

@@ -6,7 +6,7 @@ import torch
 from timm.models import register_notrace_function
 from torch import Tensor
 
-from vmamba.ops import extension, registration
+from vmamba.ops import extension, recording, registration
 from vmamba.ops.reference import selective_scan_reference
 
 Result = Literal["merged", "steps", "states"]
@@ -79,6 +79,8 @@ def selective_scan(
     if route is None:
         route = _raster_for(u, dt, A, B)
     _check_shapes(u, dt, A, B, C, D, dt_weight, dt_bias, route, param_route, reset, result)
+    if recording.is_recording():
+        recording.note(u, dt, A, B, C, D, dt_weight, dt_bias, route, param_route, reset, dt_softplus, result)
     if backend == "reference" or (u.device.type == "cpu" and extension.runs_on_reference()):
         return selective_scan_reference(
             u, dt, A, B, C, D,
