@@ -9,6 +9,8 @@ root registry, where MMDetection and MMSegmentation both look.
     PlainMambaSegBackbone  PlainMamba's maps for segmentation
     PlainMambaAdapter      PlainMamba with its adapter for detection
 
+Beside them, two optimiser constructors (:mod:`vmamba.mm.optim`) and a norm of ViTDet's heads (:mod:`vmamba.mm.norm`).
+
 MMEngine alone is needed to import this; the adapter needs MMCV's operators too.
 """
 
@@ -16,6 +18,7 @@ from vmamba.mm.packages import require
 
 require("mmengine")
 
+from vmamba.mm import norm, optim  # noqa: E402, F401  (they register what they have)
 from vmamba.mm.hierarchical import MambaBackbone  # noqa: E402
 from vmamba.mm.plainmamba import PlainMambaSegBackbone  # noqa: E402
 from vmamba.mm.plainmamba_adapter import PlainMambaAdapter  # noqa: E402

@@ -1,0 +1,9 @@
+"""Mask R-CNN on EfficientVMamba-B, COCO, 36 epochs at many scales."""
+
+_base_ = ["../_base_/mask_rcnn_3x.py"]
+
+model = dict(
+    backbone=dict(model_name="efficientvmamba_base", pretrained="efficientvmamba_base.in1k", drop_path_rate=0.1),
+)
+
+optim_wrapper = dict(type="AmpOptimWrapper")

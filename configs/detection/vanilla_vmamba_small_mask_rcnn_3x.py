@@ -1,0 +1,7 @@
+"""Mask R-CNN on vanilla VMamba-S, COCO, 36 epochs at many scales."""
+
+_base_ = ["../_base_/mask_rcnn_3x.py"]
+
+model = dict(
+    backbone=dict(model_name="vanilla_vmamba_small", pretrained="vanilla_vmamba_small.in1k", drop_path_rate=0.2),
+)

@@ -1,0 +1,7 @@
+"""Cascade Mask R-CNN on Vim-Ti, COCO, 100 epochs."""
+
+_base_ = ["../_base_/vim_cascade_mask_rcnn_100ep.py"]
+
+model = dict(
+    backbone=dict(model_name="vim_tiny_patch16_224", pretrained="vim_tiny_patch16_224.in1k"),
+)

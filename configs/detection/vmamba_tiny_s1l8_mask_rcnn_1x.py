@@ -1,0 +1,7 @@
+"""Mask R-CNN on VMamba-T (s1l8), COCO, 12 epochs."""
+
+_base_ = ["../_base_/mask_rcnn_1x.py"]
+
+model = dict(
+    backbone=dict(model_name="vmamba_tiny_s1l8", pretrained="vmamba_tiny_s1l8.in1k", drop_path_rate=0.2),
+)
