@@ -16,6 +16,9 @@ COMMANDS = {
     "train": ("vmamba.cli.train", "train a classifier; alone, a small one on handwritten digits"),
     "validate": ("vmamba.cli.validate", "measure accuracy on labelled images"),
     "predict": ("vmamba.cli.predict", "name what is on images"),
+    "train-dense": ("vmamba.mm.train", "train a detector or segmentor (needs the mm extra)"),
+    "test-dense": ("vmamba.mm.test", "measure a detector's AP or a segmentor's IoU"),
+    "predict-dense": ("vmamba.mm.predict", "draw what a detector or segmentor finds on images"),
     "scenes": ("vmamba.cli.scenes", "make detection and segmentation data: digits in scenes"),
     "show": ("vmamba.cli.show", "draw a model's routes, receptive field, attention and features"),
     "benchmark": ("vmamba.cli.benchmark", "measure speed and memory of models beside timm's"),
@@ -60,7 +63,12 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS) or '; see vmamba --help'}")
     module_name, summary = COMMANDS[name]
-    module = importlib.import_module(module_name)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"vmamba {name} needs '{error.name}', which is not installed; see the extras in the README"
+        ) from error
     parser = _Parser(f"vmamba {name}", description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False)
     module.add_arguments(parser)
     module.run(parser.parse(arguments[1:]))
@@ -83,7 +91,7 @@ class _Parser(ArgumentParser):
 
 def _help() -> str:
     lines = ["usage: vmamba COMMAND [OPTIONS]", "", "Vision-Mamba backbones.", "", "commands:"]
-    lines += [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines += [f"  {name:<13} {summary}" for name, (_, summary) in COMMANDS.items()]
     lines += ["", "`vmamba COMMAND --help` lists the options of a command."]
     return "\n".join(lines)
 
