@@ -1,26 +1,77 @@
-"""timm's model builder, with checkpoint errors a reader can act on."""
+"""timm's model builder, with weights from the manifest and checkpoint errors a reader can act on."""
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
-from vmamba.models._checkpoint import HARMLESS_TYPES, CheckpointError, StateDict, check_fit, why_unreadable
+from vmamba.models._checkpoint import (
+    HARMLESS_TYPES,
+    CheckpointError,
+    StateDict,
+    check_fit,
+    only,
+    read,
+    why_unreadable,
+)
+from vmamba.weights import Checkpoint, aliases, checkpoints, fetch
 
 
-def imagenet_cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+def published_cfgs(models: str, **kwargs: Any) -> dict[str, dict[str, Any]]:
+    """timm's pretrained configurations of published classifiers by name and tag, from the manifest.
+
+    Args:
+        models: A pattern of their names.
+        **kwargs: What all of them have in common, at least ``first_conv``.
+    """
+    cfgs = {}
+    for checkpoint in _classifiers(models):
+        cfg = imagenet_cfg(
+            url=checkpoint.url,
+            hf_hub_id=checkpoint.hub,
+            hf_hub_filename=checkpoint.file,
+            license=checkpoint.license,
+            origin_url=checkpoint.repository,
+            paper_ids=f"arXiv:{checkpoint.paper}",
+            paper_name=checkpoint.title,
+            **kwargs,
+        )
+        short = (alias for alias, model in aliases().items() if model == checkpoint.backbone)
+        tag = checkpoint.name.partition(".")[2]
+        cfgs.update({f"{name}.{tag}": cfg for name in (checkpoint.backbone, *short)})
+    return cfgs
+
+
+def published_top1(models: str) -> dict[str, float]:
+    """ImageNet-1K top-1 accuracy in percent of published classifiers by name, of each its default weights.
+
+    Args:
+        models: A pattern of their names.
+    """
+    figures: dict[str, float] = {}
+    for checkpoint in _classifiers(models):
+        figures.setdefault(checkpoint.backbone, checkpoint.metrics["top1"])
+    return figures
+
+
+def _classifiers(models: str) -> Iterator[Checkpoint]:
+    for checkpoint in checkpoints().values():
+        if checkpoint.task == "classification" and fnmatch.fnmatch(checkpoint.backbone, models):
+            yield checkpoint
+
+
+def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
     """timm's pretrained configuration of a model as all families were published: ImageNet-1K, 224x224, crop 0.875.
 
     Args:
-        url: Where the weights are; empty where there is no link to them.
-        **kwargs: What the family adds or has otherwise, at least ``first_conv``.
+        **kwargs: What is added or otherwise, at least ``first_conv``.
     """
     return {
-        "url": url,
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
@@ -43,21 +94,26 @@ def build_model(
 ) -> Any:
     """timm's ``build_model_with_cfg`` for a family of this package.
 
-    Weights are read by timm without executing pickled code, converted by ``filter_fn`` and compared with the model
-    before they are loaded.
+    Published weights are found on this machine or fetched, see :func:`vmamba.weights.fetch`. Weights are read by timm
+    without executing pickled code, converted by ``filter_fn`` and compared with the model before they are loaded.
 
     Args:
         model_cls: Makes the model.
         variant: Its registered name.
         pretrained: Whether to load weights.
         filter_fn: Turns published names and shapes into the model's.
-        averaged: Whether, of a local file that holds averaged weights as well, ``filter_fn`` gets those alone, as timm
-            has it; otherwise it gets the file's content.
+        averaged: Whether, of a file that a user names and that holds averaged weights as well, ``filter_fn`` gets
+            those alone, as timm has it; otherwise it gets the file's content.
         **kwargs: For ``build_model_with_cfg``.
 
     Raises:
+        UserError: if published weights cannot be had.
         CheckpointError: if the weights cannot be read or do not fit.
     """
+    checkpoint = _published(variant, kwargs) if pretrained else None
+    if checkpoint is not None:
+        file = {"file": str(fetch(checkpoint))}
+        kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), **file}
     strict = kwargs.get("pretrained_strict", True)
     features_only = kwargs.get("features_only", False)
     reading: list[nn.Module] = []  # the model, from when it is built to when its weights have been read
@@ -71,7 +127,11 @@ def build_model(
     def convert(state_dict: Any, model: nn.Module) -> StateDict:
         reading.clear()
         try:
-            converted = filter_fn(state_dict if averaged else _content(model, state_dict), model)
+            if checkpoint is not None:
+                state_dict = only(_content(model, state_dict), checkpoint.weights)
+            elif not averaged:
+                state_dict = _content(model, state_dict)
+            converted = filter_fn(state_dict, model)
             if strict:
                 check_fit(converted, model, _adapted_by_timm(model, features_only))
         except CheckpointError as error:
@@ -86,6 +146,14 @@ def build_model(
             raise
         location = _location(reading[0])
         raise CheckpointError(f"{location} for {variant}: {why_unreadable(error, location)}") from error
+
+
+def _published(variant: str, kwargs: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint of the manifest that a model's configuration names, unless the caller names other weights."""
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    if cfg.source or cfg.file or cfg.state_dict:
+        return None
+    return next((checkpoint for checkpoint in checkpoints().values() if checkpoint.url == cfg.url), None)
 
 
 def _adapted_by_timm(model: Any, features_only: bool) -> frozenset[str]:
@@ -105,8 +173,7 @@ def _content(model: nn.Module, state_dict: Any) -> Any:
     file = cfg.get("file")
     if not file or Path(file).suffix == ".safetensors":
         return state_dict
-    with torch.serialization.safe_globals(HARMLESS_TYPES):  # timm's own list of them has ended the outer one
-        return torch.load(file, map_location="cpu", weights_only=True)
+    return read(Path(file))
 
 
 def _location(model: nn.Module) -> str:

@@ -4,11 +4,13 @@ import argparse
 import collections
 import re
 import urllib.error
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -71,6 +73,28 @@ def unwrap(checkpoint: Any, wrappers: Sequence[str] = WRAPPERS) -> StateDict:
         for key, value in state_dict.items()
         if key.startswith(("backbone.", "head."))
     }
+
+
+def read(path: Path) -> Any:
+    """All that is in a checkpoint file, on the CPU, without executing anything.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals(HARMLESS_TYPES):
+            # Of a mapped file only those tensors are read that are used: an optimizer's states stay on the disk.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        raise CheckpointError(f"{path} {why_unreadable(error, str(path))}") from error
+
+
+def only(content: Any, key: str) -> Any:
+    """What a checkpoint holds under ``key``, still under it, or all of it where there is nothing of that name."""
+    is_there = isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
+    return {key: content[key]} if is_there else content
 
 
 def rename(key: str, *tables: Names) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vmamba.layers import ConvStem, GatedSS2D, PatchMerging, PatchStem
 from vmamba.models import _vmamba_layout
-from vmamba.models._builder import build_model, imagenet_cfg
+from vmamba.models._builder import build_model, imagenet_cfg, published_cfgs, published_top1
 from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
 from vmamba.ops import DECAY_ONLY, register_route
@@ -223,28 +223,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Te
 # Pretrained configurations
 # ---------------------------------------------------------------------------------------------------------------------
 
-PUBLISHED_TOP1 = {"efficientvmamba_tiny": 76.5, "efficientvmamba_small": 78.7, "efficientvmamba_base": 81.8}
+_cfg = partial(imagenet_cfg, first_conv="stem.conv", license="apache-2.0")  # this package's own
+
+PUBLISHED_TOP1 = published_top1("efficientvmamba_*")
 """ImageNet-1K top-1 accuracy in percent at 224x224, as the authors published it."""
-
-
-_cfg = partial(imagenet_cfg, first_conv="stem.conv", license="apache-2.0")
-
-
-def _published(size: str) -> dict[str, Any]:
-    hub = f"https://huggingface.co/TerryPei/EfficientVMamba-{size}"
-    return _cfg(
-        url=f"{hub}/resolve/main/efficient_vmamba_{size.lower()}.ckpt",
-        origin_url="https://github.com/TerryPei/EfficientVMamba",
-        paper_ids="arXiv:2403.09977",
-        paper_name="EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba",
-    )
-
 
 default_cfgs = generate_default_cfgs(
     {
-        "efficientvmamba_tiny.in1k": _published("Tiny"),
-        "efficientvmamba_small.in1k": _published("Small"),
-        "efficientvmamba_base.in1k": _published("Base"),
+        **published_cfgs("efficientvmamba_*", first_conv="stem.conv"),
         "efficientvmamba_nano_32.untrained": _cfg(
             num_classes=10, input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0, first_conv="stem.conv1"
         ),

@@ -43,7 +43,7 @@ from vmamba.layers import (
     dt_rank,
 )
 from vmamba.models import _vmamba_layout
-from vmamba.models._builder import build_model, imagenet_cfg
+from vmamba.models._builder import build_model, imagenet_cfg, published_cfgs, published_top1
 from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
 from vmamba.ops import get_route, register_route
@@ -396,47 +396,18 @@ def _own_tensors(key: str, value: Tensor, low_first: bool) -> Iterator[tuple[str
 # Pretrained configurations
 # ---------------------------------------------------------------------------------------------------------------------
 
-_DRIVE = "https://drive.google.com/drive/folders"
-_HUB = "https://huggingface.co/YuhengSSS/MSVMamba/resolve/main"
+_cfg = partial(imagenet_cfg, first_conv="stem.conv1", license="apache-2.0")  # this package's own
 
-PUBLISHED_TOP1 = {
-    "msvmamba_nano": 77.3,
-    "msvmamba_micro": 79.8,
-    "msvmamba_tiny": 82.8,
-    "msvmambav3_tiny": 83.0,
-    "msvmambav3_small": 84.1,
-    "msvmambav3_base": 84.4,
-}
+PUBLISHED_TOP1 = published_top1("msvmamba_*") | published_top1("msvmambav3_*")
 """ImageNet-1K top-1 accuracy in percent at 224x224, as the authors published it."""
-
-
-_cfg = partial(imagenet_cfg, first_conv="stem.conv1", license="none stated")
-
-
-_published = partial(
-    _cfg,
-    paper_ids="arXiv:2405.14174",
-    paper_name="Multi-Scale VMamba: Hierarchy in Hierarchy Visual State Space Model",
-)
-# Google Drive has a page for v1's weights, not a link to them: download the file there and name it.
-_v1 = partial(_published, first_conv="stem.conv")
-# The card of v3's weights says MIT.
-_v3 = partial(_published, origin_url="https://huggingface.co/YuhengSSS/MSVMamba", license="mit")
-_untrained = partial(_cfg, license="apache-2.0")  # this package's own
 
 default_cfgs = generate_default_cfgs(
     {
-        "msvmamba_nano.in1k": _v1(origin_url=f"{_DRIVE}/1J41w3ApitQhp2O3wHmJoOs4U032uqebK"),
-        "msvmamba_micro.in1k": _v1(origin_url=f"{_DRIVE}/1jfl2GmuKcUB8sPwRlyHK_wT0MjqgljYk"),
-        "msvmamba_tiny.in1k": _v1(origin_url=f"{_DRIVE}/1ddNWk89ohcxxMuVEaJ2Y5A6xeBKgA7lU"),
-        "msvmambav3_tiny.in1k": _v3(f"{_HUB}/msvmambav3_tiny_224.pth"),
-        "msvmambav3_small.in1k": _v3(f"{_HUB}/msvmambav3_small_224.pth"),
-        "msvmambav3_base.in1k": _v3(f"{_HUB}/msvmambav3_base_224.pth"),
-        "msvmambav3_nano_32.untrained": _untrained(
-            num_classes=10, input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0
-        ),
-        "test_msvmamba.untrained": _untrained(input_size=(3, 160, 160), pool_size=(5, 5), first_conv="stem.conv"),
-        "test_msvmambav3.untrained": _untrained(input_size=(3, 160, 160), pool_size=(5, 5)),
+        **published_cfgs("msvmamba_*", first_conv="stem.conv"),
+        **published_cfgs("msvmambav3_*", first_conv="stem.conv1"),
+        "msvmambav3_nano_32.untrained": _cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0),
+        "test_msvmamba.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5), first_conv="stem.conv"),
+        "test_msvmambav3.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
     }
 )
 

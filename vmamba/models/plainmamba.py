@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, ConvNormAct, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
 
-from vmamba.layers import Conv2dNHWC, PreNormBlock, SelectiveSSM, dt_rank, init_weights
-from vmamba.models._builder import build_model, imagenet_cfg
+from vmamba.layers import Conv2dNHWC, ConvNormAct, PreNormBlock, SelectiveSSM, dt_rank, init_weights
+from vmamba.models._builder import build_model, imagenet_cfg, published_cfgs, published_top1
 from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._plain import PlainBackbone, fit_pos_embed, square_map
 from vmamba.ops import get_route, grid_table, register_route, reverse, selective_scan
@@ -153,7 +153,7 @@ class ConvTailBlock(PreNormBlock):
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(dim, mixer, drop_path=drop_path, **dd)
-        self.tail = ConvNormAct(dim, dim, 3, groups=dim, act_layer=nn.GELU, **dd)
+        self.tail = ConvNormAct(dim, dim, 3, groups=dim, act=nn.GELU(), **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
@@ -188,8 +188,8 @@ class ConvPatchStem(nn.Module):
         self.patch_size = patch_size
         self.reduction = 2 * patch_size
         self.convs = nn.Sequential(
-            ConvNormAct(in_chans, self.hidden, 7, stride=2, act_layer=nn.ReLU, **dd),
-            *(ConvNormAct(self.hidden, self.hidden, 3, act_layer=nn.ReLU, **dd) for _ in range(convs)),
+            ConvNormAct(in_chans, self.hidden, 7, stride=2, act=nn.ReLU(inplace=True), **dd),
+            *(ConvNormAct(self.hidden, self.hidden, 3, act=nn.ReLU(inplace=True), **dd) for _ in range(convs)),
         )
         self.proj = nn.Conv2d(self.hidden, dim, kernel_size=patch_size, stride=patch_size, **dd)
 
@@ -339,27 +339,15 @@ def _own_shape(key: str, value: Tensor) -> Tensor:
 # Pretrained configurations
 # ---------------------------------------------------------------------------------------------------------------------
 
-PUBLISHED_TOP1 = {"plainmamba_l1": 77.9, "plainmamba_l2": 81.6, "plainmamba_l3": 82.3}
+_FIRST_CONV = "stem.convs.0.conv"
+_cfg = partial(imagenet_cfg, first_conv=_FIRST_CONV, license="apache-2.0")  # this package's own
+
+PUBLISHED_TOP1 = published_top1("plainmamba_*")
 """ImageNet-1K top-1 accuracy in percent at 224x224, as the authors published it."""
-
-
-_cfg = partial(imagenet_cfg, first_conv="stem.convs.0.conv", license="apache-2.0", pool_size=(14, 14))
-
-
-def _published(size: str) -> dict[str, Any]:
-    return _cfg(
-        url=f"https://huggingface.co/ChenhongyiYang/PlainMamba/resolve/main/{size}.pth",
-        origin_url="https://github.com/ChenhongyiYang/PlainMamba",
-        paper_ids="arXiv:2403.17695",
-        paper_name="PlainMamba: Improving Non-hierarchical Mamba in Visual Recognition",
-    )
-
 
 default_cfgs = generate_default_cfgs(
     {
-        "plainmamba_l1.in1k": _published("l1"),
-        "plainmamba_l2.in1k": _published("l2"),
-        "plainmamba_l3.in1k": _published("l3"),
+        **published_cfgs("plainmamba_*", first_conv=_FIRST_CONV, pool_size=(14, 14)),
         "plainmamba_nano_32.untrained": _cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0),
         "test_plainmamba.untrained": _cfg(input_size=(3, 64, 64), pool_size=(16, 16)),
     }

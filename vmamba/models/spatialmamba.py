@@ -28,7 +28,7 @@ from vmamba.layers import (
     dt_rank,
 )
 from vmamba.models import _mlla_layout
-from vmamba.models._builder import build_model, imagenet_cfg
+from vmamba.models._builder import build_model, imagenet_cfg, published_cfgs, published_top1
 from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
 from vmamba.models._vmamba_layout import is_published
@@ -251,27 +251,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Te
 # Pretrained configurations
 # ---------------------------------------------------------------------------------------------------------------------
 
-PUBLISHED_TOP1 = {"spatialmamba_tiny": 83.5, "spatialmamba_small": 84.6, "spatialmamba_base": 85.3}
+_FIRST_CONV = "stem.conv1.conv"
+_cfg = partial(imagenet_cfg, first_conv=_FIRST_CONV, license="apache-2.0")  # this package's own
+
+PUBLISHED_TOP1 = published_top1("spatialmamba_*")
 """ImageNet-1K top-1 accuracy in percent at 224x224, as the authors published it."""
-
-
-_cfg = partial(imagenet_cfg, first_conv="stem.conv1.conv", license="apache-2.0")
-
-
-def _published(file: str) -> dict[str, Any]:
-    # Google Drive has a page for the weights, not a link to them: download the file there and name it.
-    return _cfg(
-        origin_url=f"https://drive.google.com/file/d/{file}/view?usp=drive_link",
-        paper_ids="arXiv:2410.15091",
-        paper_name="Spatial-Mamba: Effective Visual State Space Models via Structure-Aware State Fusion",
-    )
-
 
 default_cfgs = generate_default_cfgs(
     {
-        "spatialmamba_tiny.in1k": _published("19kXoqGSTuKKs4AHbdUSrdKZTwTWenLIW"),
-        "spatialmamba_small.in1k": _published("1Wb3sYoWLpgmWrmHMYKwdgDwGPZaqM28O"),
-        "spatialmamba_base.in1k": _published("1k8dHp2QRCOqBSgAi36YkhZp_O8LqOPjM"),
+        **published_cfgs("spatialmamba_*", first_conv=_FIRST_CONV),
         "spatialmamba_nano_32.untrained": _cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0),
         "test_spatialmamba.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
     }

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vmamba.layers import Conv2dNHWC, SelectiveSSM, dt_rank
 from vmamba.layers.stem import to_nhwc
-from vmamba.models._builder import build_model, imagenet_cfg
+from vmamba.models._builder import build_model, imagenet_cfg, published_cfgs, published_top1
 from vmamba.models._checkpoint import StateDict, rename, unwrap
 from vmamba.models._plain import PlainBackbone, fit_pos_embed, resize_pos_embed, square_map
 from vmamba.ops import get_route
@@ -671,41 +671,17 @@ def resize_rows_as_published(rows: Tensor, height: int, width: int, extra: int =
 # Pretrained configurations
 # ---------------------------------------------------------------------------------------------------------------------
 
-PUBLISHED_TOP1 = {
-    "vim_tiny_patch16_224": 76.1,
-    "vim_tiny_patch16_stride8_224": 78.3,
-    "vim_small_patch16_224": 80.5,
-    "vim_small_patch16_stride8_224": 81.6,
-    "vim_base_patch16_224": 81.9,
-    "vim_tiny_rope_patch16_224": 73.1,
-}
-"""ImageNet-1K top-1 accuracy in percent at 224x224, as the authors published it beside the weights. The paper's third
-version has 80.3 and 81.4 for the small models."""
-
-
 # The published models carry a mean and deviation of 0.5 and a crop of 0.9, which are not what they were trained and
 # evaluated with.
-_cfg = partial(imagenet_cfg, first_conv="stem.conv", license="apache-2.0", pool_size=None)
+_shared: dict[str, Any] = {"first_conv": "stem.conv", "pool_size": None}
+_cfg = partial(imagenet_cfg, license="apache-2.0", **_shared)  # this package's own
 
-
-def _published(repository: str, file: str) -> dict[str, Any]:
-    return _cfg(
-        url=f"https://huggingface.co/hustvl/{repository}/resolve/main/{file}",
-        origin_url="https://github.com/hustvl/Vim",
-        paper_ids="arXiv:2401.09417",
-        paper_name="Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
-    )
-
+PUBLISHED_TOP1 = published_top1("vim_*")
+"""ImageNet-1K top-1 accuracy in percent at 224x224, as the authors published it."""
 
 default_cfgs = generate_default_cfgs(
     {
-        "vim_tiny_patch16_224.in1k": _published("Vim-tiny-midclstok", "vim_t_midclstok_76p1acc.pth"),
-        "vim_tiny_patch16_stride8_224.in1k": _published("Vim-tiny-midclstok", "vim_t_midclstok_ft_78p3acc.pth"),
-        "vim_small_patch16_224.in1k": _published("Vim-small-midclstok", "vim_s_midclstok_80p5acc.pth"),
-        "vim_small_patch16_stride8_224.in1k": _published("Vim-small-midclstok", "vim_s_midclstok_ft_81p6acc.pth"),
-        "vim_base_patch16_224.in1k": _published("Vim-base-midclstok", "vim_b_midclstok_81p9acc.pth"),
-        # Linked from the page of the first release only; it may have been withdrawn since.
-        "vim_tiny_rope_patch16_224.in1k": _published("Vim-tiny", "vim_tiny_73p1.pth"),
+        **published_cfgs("vim_*", **_shared),
         "vim_nano_32.untrained": _cfg(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0),
         "test_vim.untrained": _cfg(input_size=(3, 64, 64)),
         "test_vim_rope.untrained": _cfg(input_size=(3, 64, 64)),

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from vmamba.layers import SS2D, ConvDownsample, ConvStem, GatedSS2D, PatchMerging, PatchStem, PreNormBlock
 from vmamba.models import _vmamba_layout
-from vmamba.models._builder import build_model, imagenet_cfg
+from vmamba.models._builder import build_model, imagenet_cfg, published_cfgs, published_top1
 from vmamba.models._checkpoint import rename, unwrap
 from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
+from vmamba.weights import aliases
 
 __all__ = ["VMamba"]  # timm adds the entry points
 
@@ -103,62 +104,18 @@ def _own_shape(key: str, value: Tensor) -> Tensor:
 # Pretrained configurations
 # ---------------------------------------------------------------------------------------------------------------------
 
-_RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download"
+_cfg = partial(imagenet_cfg, first_conv="stem.conv1", license="apache-2.0")  # this package's own
 
-PUBLISHED_TOP1 = {
-    "vanilla_vmamba_tiny": 82.2,
-    "vanilla_vmamba_small": 83.5,
-    "vanilla_vmamba_base": 83.7,
-    "vmamba_tiny_s2l5": 82.5,
-    "vmamba_small_s2l15": 83.6,
-    "vmamba_base_s2l15": 83.9,
-    "vmamba_tiny_s1l8": 82.6,
-    "vmamba_small_s1l20": 83.3,
-    "vmamba_base_s1l20": 83.8,
-}
+PUBLISHED_TOP1 = published_top1("vanilla_vmamba_*") | published_top1("vmamba_*")
 """ImageNet-1K top-1 accuracy in percent at 224x224, as the authors published it."""
 
-ALIASES = {
-    "vmamba_tiny": "vmamba_tiny_s1l8",
-    "vmamba_small": "vmamba_small_s2l15",
-    "vmamba_base": "vmamba_base_s2l15",
-}
-"""Short names for the three that the authors present as VMamba-T, -S and -B."""
-
-
-_cfg = partial(imagenet_cfg, first_conv="stem.conv1", license="mit")
-
-
-def _published(path: str, **kwargs: Any) -> dict[str, Any]:
-    return _cfg(
-        url=f"{_RELEASES}/{path}",
-        origin_url="https://github.com/MzeroMiko/VMamba",
-        paper_ids="arXiv:2401.10166",
-        paper_name="VMamba: Visual State Space Model",
-        **kwargs,
-    )
-
-
-_vanilla = partial(_published, first_conv="stem.conv")
-_TINY_S1L8 = _published("%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth")
-_SMALL_S2L15 = _published("%23v2cls/vssm_small_0229_ckpt_epoch_222.pth")
-_BASE_S2L15 = _published("%23v2cls/vssm_base_0229_ckpt_epoch_237.pth")
+ALIASES = aliases()
+"""Short names, with what they stand for."""
 
 default_cfgs = generate_default_cfgs(
     {
-        "vanilla_vmamba_tiny.in1k": _vanilla("%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth"),
-        "vanilla_vmamba_small.in1k": _vanilla("%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth"),
-        "vanilla_vmamba_base.in1k": _vanilla("%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth"),
-        "vmamba_tiny_s2l5.in1k": _published("%23v2cls/vssm_tiny_0230_ckpt_epoch_262.pth"),
-        "vmamba_small_s2l15.in1k": _SMALL_S2L15,
-        "vmamba_base_s2l15.in1k": _BASE_S2L15,
-        "vmamba_tiny_s1l8.in1k": _TINY_S1L8,
-        "vmamba_small_s1l20.in1k": _published("%23v2cls/vssm1_small_0229s_ckpt_epoch_240.pth"),
-        "vmamba_base_s1l20.in1k": _published("%23v2cls/vssm1_base_0229s_ckpt_epoch_225.pth"),
-        # Short names for the three that the authors present as VMamba-T, -S and -B.
-        "vmamba_tiny.in1k": _TINY_S1L8,
-        "vmamba_small.in1k": _SMALL_S2L15,
-        "vmamba_base.in1k": _BASE_S2L15,
+        **published_cfgs("vanilla_vmamba_*", first_conv="stem.conv"),
+        **published_cfgs("vmamba_*", first_conv="stem.conv1"),
         "vmamba_nano_32.untrained": _cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0),
         "test_vmamba.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
         "test_vanilla_vmamba.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5), first_conv="stem.conv"),

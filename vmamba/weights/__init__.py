@@ -8,6 +8,7 @@
 ``timm.create_model("vmamba_tiny_s1l8.in1k", pretrained=True)`` goes the same way. The facts are in ``manifest.yaml``.
 """
 
-from vmamba.weights.manifest import Checkpoint, checkpoints, find
+from vmamba.weights.fetching import fetch
+from vmamba.weights.manifest import Checkpoint, aliases, checkpoints, find
 
-__all__ = ["Checkpoint", "checkpoints", "find"]
+__all__ = ["Checkpoint", "aliases", "checkpoints", "fetch", "find"]
