@@ -16,6 +16,8 @@ def test_help_lists_the_commands():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command(name, capsys):
+    if COMMANDS[name][0].startswith("vmamba.mm"):
+        pytest.importorskip("mmdet", reason="needs the mm extra")
     with pytest.raises(SystemExit) as caught:
         vmamba(name, "--help")
     assert caught.value.code == 0
@@ -26,7 +28,7 @@ def test_version():
 
 
 def test_unknown_command():
-    assert one_line(vmamba("trian")) == "vmamba: error: unknown command 'trian'; did you mean train?"
+    assert one_line(vmamba("trian")) == "vmamba: error: unknown command 'trian'; did you mean train, train-dense?"
 
 
 def test_mistaken_options():
@@ -41,6 +43,15 @@ def test_as_a_program():
     run = subprocess.run([sys.executable, "-m", "vmamba.cli.main", "nothing"], capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr.strip().splitlines()[-1].startswith("vmamba: error: unknown command 'nothing'")
+
+
+def test_missing_package():
+    code = "import sys; sys.modules['cv2'] = None; from vmamba.cli.main import main; sys.exit(main(['train-dense']))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 2
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("vmamba: error: ")
+    assert "extra" in line or "vmamba[mm]" in line
 
 
 def test_the_commands_themselves_do_not_import_torch():
