@@ -1,7 +1,7 @@
 """Parts that two or more model families share. Maps are channels last: (batch, height, width, channels)."""
 
 from vmamba.layers.block import PositionalBlock, PreNormBlock
-from vmamba.layers.conv import Conv2dNHWC
+from vmamba.layers.conv import Conv2dNHWC, ConvNormAct
 from vmamba.layers.downsample import ConvDownsample, InvertedDownsample, PatchMerging
 from vmamba.layers.init import init_weights
 from vmamba.layers.norm import BranchNorm, LayerNorm, ScanNorm
@@ -14,6 +14,7 @@ __all__ = [
     "BranchNorm",
     "Conv2dNHWC",
     "ConvDownsample",
+    "ConvNormAct",
     "ConvStem",
     "GatedSS2D",
     "InvertedDownsample",

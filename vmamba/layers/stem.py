@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
-from vmamba.layers.conv import Conv2dNHWC
+from vmamba.layers.conv import Conv2dNHWC, ConvNormAct
 from vmamba.layers.norm import BranchNorm, LayerNorm
 
 
@@ -90,11 +89,13 @@ class ResidualConvStem(nn.Module):
         super().__init__()
         self.reduction = strides[0] * strides[1]
         half = dim // 2
-        self.conv1 = ConvNormAct(in_chans, half, 3, stride=strides[0], **dd)
-        self.conv2 = nn.Sequential(ConvNormAct(half, half, 3, **dd), ConvNormAct(half, half, 3, apply_act=False, **dd))
+        self.conv1 = ConvNormAct(in_chans, half, 3, stride=strides[0], act=nn.ReLU(inplace=True), **dd)
+        self.conv2 = nn.Sequential(
+            ConvNormAct(half, half, 3, act=nn.ReLU(inplace=True), **dd), ConvNormAct(half, half, 3, **dd)
+        )
         self.conv3 = nn.Sequential(
-            ConvNormAct(half, 4 * dim, 3, stride=strides[1], **dd),
-            ConvNormAct(4 * dim, dim, 1, apply_act=False, **dd),
+            ConvNormAct(half, 4 * dim, 3, stride=strides[1], act=nn.ReLU(inplace=True), **dd),
+            ConvNormAct(4 * dim, dim, 1, **dd),
         )
 
     def forward(self, image: Tensor) -> Tensor:
