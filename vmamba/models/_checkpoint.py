@@ -21,12 +21,20 @@ StateDict = dict[str, Tensor]
 Names = Mapping[str, str | Callable[[re.Match], str]]
 """Patterns of keys and what replaces them, applied in order."""
 
+
+def _nothing(*args: Any) -> None:
+    """What a pickled call of a function yields that is not to be called."""
+
+
 _NUMPY = np._core if hasattr(np, "_core") else np.core  # moved in NumPy 2
 
 HARMLESS_TYPES: list[Callable | tuple[Callable, str]] = [
     argparse.Namespace,
     # A raw training checkpoint pickles its yacs configuration. Nothing needs the class: its items suffice.
     (collections.OrderedDict, "yacs.config.CfgNode"),
+    # MMEngine pickles the history of each figure it logs, with methods of the class, which are not needed either.
+    (collections.OrderedDict, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (_nothing, "builtins.getattr"),
     np.ndarray,
     np.dtype,
     *(type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8", "?")),
