@@ -6,7 +6,8 @@ differ between families, and between them and :func:`count`. :func:`fvcore_handl
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -212,25 +213,36 @@ def published_flops(model: nn.Module, input_size: InputSize = 224) -> int:
     Raises:
         ValueError: for a model whose authors' rule is not known.
     """
-    rule = next((PUBLISHED_RULES[cls] for cls in type(model).__mro__ if cls in PUBLISHED_RULES), None)
+    rule = published_rule(model)
     if rule is None:
         known = ", ".join(cls.__name__ for cls in PUBLISHED_RULES)
         raise ValueError(f"no published rule is known for {type(model).__name__} (known: {known}); use count() instead")
-    total = 0
+    with counted_by(rule, model) as costs:
+        _forward(model, input_size)
+    return sum(costs)
+
+
+def published_rule(model: nn.Module) -> Rule | None:
+    """The rule behind the figures that the model's authors published, if it is known."""
+    return next((PUBLISHED_RULES[cls] for cls in type(model).__mro__ if cls in PUBLISHED_RULES), None)
+
+
+@contextmanager
+def counted_by(rule: Rule, model: nn.Module) -> Iterator[list[int]]:
+    """Within it, the cost of every call of a module of ``model`` that ``rule`` names goes onto the list."""
+    costs: list[int] = []
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
         cost = next(rule[cls] for cls in type(module).__mro__ if cls in rule)
-        total += cost(module, inputs[0], output)
+        costs.append(cost(module, inputs[0], output))
 
     counted = [module for module in model.modules() if isinstance(module, tuple(rule))]
     hooks = [module.register_forward_hook(add) for module in counted]
     try:
-        _forward(model, input_size)
+        yield costs
     finally:
         for hook in hooks:
             hook.remove()
-    return total
 
 
 def fvcore_handlers() -> dict[str, Callable[[list[Any], list[Any]], int]]:
