@@ -22,6 +22,7 @@ COMMANDS = {
     "scenes": ("vmamba.cli.scenes", "make detection and segmentation data: digits in scenes"),
     "show": ("vmamba.cli.show", "draw a model's routes, receptive field, attention and features"),
     "benchmark": ("vmamba.cli.benchmark", "measure speed and memory of models beside timm's"),
+    "weights": ("vmamba.cli.weights", "list, download, verify, convert, import or push published weights"),
     "models": ("vmamba.cli.models", "list the models: parameters, MACs, top-1, licence"),
 }
 

@@ -33,15 +33,16 @@ class Unavailable(UserError):
 
 
 @contextmanager
-def arriving(target: Path, check: Check) -> Iterator[Path | None]:
+def arriving(target: Path, check: Check, replace: bool = False) -> Iterator[Path | None]:
     """Gives the path to write a new file to, which then is checked and named ``target`` in one step.
 
-    One process at a time; the others wait. Gives None if the file is there by then. What was written remains if
-    writing it was cut off, for the next try to go on with, and is removed if the check refuses it.
+    One process at a time; the others wait. Gives None if the file is there by then, unless it is to be replaced. What
+    was written remains if writing it was cut off, for the next try to go on with, and is removed if the check refuses
+    it.
     """
     part = target.with_name(f"{target.name}.part")
     with _alone(target):
-        if target.is_file():
+        if target.is_file() and not replace:
             yield None
             return
         yield part

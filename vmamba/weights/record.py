@@ -51,7 +51,9 @@ def check(
         UserError: if it differs.
     """
     final = target or path
-    name, key = checkpoint.name + final.suffix, str(final.absolute())
+    key = str(final.absolute())
+    # Converted files differ each time they are made, published ones are the same wherever they lie.
+    name = checkpoint.file_name if final.suffix == checkpoint.suffix else key
     content = _read()
     stat = path.stat()
     size, time, digest = content["read"].get(key, (None, None, ""))
@@ -68,12 +70,6 @@ def check(
                 today = datetime.date.today().isoformat()
                 content["pins"][name] = {"sha256": digest, "size": stat.st_size, "source": source, "since": today}
     return digest
-
-
-def forget(checkpoint: Checkpoint, suffix: str) -> None:
-    """Let the next file be the first: for one that is made here anew."""
-    with _changing() as content:
-        content["pins"].pop(checkpoint.name + suffix, None)
 
 
 def sha256(path: Path) -> str:

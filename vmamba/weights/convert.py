@@ -1,0 +1,88 @@
+"""Published files to safetensors: one set of weights, and beside them what they are and where they came from."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from vmamba.errors import UserError
+from vmamba.weights import places, record
+from vmamba.weights.contents import own_weights
+from vmamba.weights.manifest import Checkpoint
+
+
+def convert(checkpoint: Checkpoint, path: Path, folder: Path) -> Path:
+    """Write the weights of a published file as safetensors, compared with the model.
+
+    A classifier's get the names that its model has here, those of a detector or segmentor keep theirs.
+
+    Args:
+        checkpoint: What the file is.
+        path: The file.
+        folder: Where to write; the file is called like the checkpoint.
+
+    Returns:
+        The new file.
+
+    Raises:
+        UserError: if it does not fit, is converted already, or cannot be written.
+    """
+    if path.suffix == places.CONVERTED_SUFFIX:
+        raise UserError(f"{path} is converted already")
+    digest = record.check(checkpoint, path, str(path))
+    weights = {
+        name: value.detach().clone(memory_format=torch.contiguous_format)  # views of one another cannot be stored
+        for name, value in own_weights(checkpoint, path).items()
+    }
+    target = folder / (checkpoint.name + places.CONVERTED_SUFFIX)
+    _replace(target, lambda part: save_file(weights, part, metadata(checkpoint, digest)))
+    record.check(checkpoint, target, f"converted from {path}", accept=True)
+    return target
+
+
+def metadata(checkpoint: Checkpoint, sha256: str) -> dict[str, str]:
+    """What is stored beside the weights.
+
+    Args:
+        checkpoint: What they are.
+        sha256: Of the published file.
+    """
+    facts = {
+        "format": "pt",
+        "name": checkpoint.name,
+        "task": checkpoint.task,
+        "model": checkpoint.backbone,
+        "config": checkpoint.config,
+        "source": checkpoint.url,
+        "source_sha256": sha256,
+        "license": checkpoint.license,
+        "license_note": checkpoint.license_note,
+        "paper": f"arXiv:{checkpoint.paper}",
+        "title": checkpoint.title,
+        "repository": checkpoint.repository,
+        "metrics": json.dumps(dict(checkpoint.metrics)),
+    }
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What :func:`metadata` stored in a converted file; empty for one of other origin."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def _replace(target: Path, write: Callable[[Path], None]) -> None:
+    """Write a file whole, or not at all."""
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        part.replace(target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
