@@ -1,0 +1,143 @@
+"""Pictures of a benchmark: speed against accuracy, and against the size of the images."""
+
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+from vmamba.analysis.benchmark.jobs import Job
+from vmamba.analysis.benchmark.peers import published_top1
+from vmamba.analysis.benchmark.results import Environment, Figures, Measured, Result, measured
+
+_COLORS = ("#1f6fb4", "#d1495b", "#3a7d44", "#edae49", "#7b5ea7", "#4a4a4a", "#00798c", "#b5651d")
+_FULL_SIZE = 224  # what the accuracies were measured at
+
+Group = list[Measured]
+
+
+def draw(results: list[Result], environment: Environment, stem: Path) -> list[Path]:
+    """Draws what there is enough of, into STEM-accuracy.png and STEM-resolution.png.
+
+    Args:
+        results: Of one environment.
+        environment: Named in the title.
+        stem: Path of the pictures, without their suffix.
+
+    Returns:
+        The files written.
+    """
+    good = measured(results)
+    title = f"{environment.get('hardware')}, torch {environment.get('torch')}, vmamba {environment.get('vmamba')}"
+    written = []
+    for name, figure in (("accuracy", _accuracy(good)), ("resolution", _resolution(good))):
+        if figure is not None:
+            figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+            path = stem.with_name(f"{stem.name}-{name}.png")
+            figure.savefig(path, dpi=120)
+            written.append(path)
+    return written
+
+
+def _accuracy(results: Group) -> Figure | None:
+    """A panel for each setting at full size in which two models have a published accuracy."""
+    accuracy = {job.model: top1 for job, _ in results if (top1 := published_top1(job.model)) is not None}
+    known = [pair for pair in results if pair[0].size == _FULL_SIZE and pair[0].model in accuracy]
+    panels = [(settings, group) for settings, group in _grouped(known, _settings).items() if len(group) > 1]
+    if not panels:
+        return None
+    colors = _colors(panels)
+    figure, axes = _panels(len(panels))
+    for ax, (settings, group) in zip(axes, panels, strict=True):
+        for job, figures in group:
+            point = (figures.images_per_s, accuracy[job.model])
+            ax.plot(*point, "o", color=colors[job.model], markersize=7)
+            ax.annotate(_short(job.model), point, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+        ax.set_xscale("log")
+        ax.margins(0.25, 0.2)
+        _finish(ax, settings, "images/s", "published ImageNet top-1 (%)")
+    return figure
+
+
+def _resolution(results: Group) -> Figure | None:
+    """Three panels for each setting with two sizes: throughput in pixels, latency, memory."""
+    rows = [
+        (settings, group)
+        for settings, group in _grouped(results, _settings_but_size).items()
+        if len({job.size for job, _ in group}) > 1
+    ]
+    if not rows:
+        return None
+    colors = _colors(rows)
+    figure, axes = _panels(3 * len(rows))
+    for index, (settings, group) in enumerate(rows):
+        panels = dict(zip(_AGAINST_SIZE, axes[3 * index : 3 * index + 3], strict=True))
+        for model, of_model in _grouped(group, lambda job: job.model).items():
+            points = sorted(of_model, key=lambda pair: pair[0].size)
+            for label, ax in panels.items():
+                sizes = [job.size for job, _ in points]
+                values = [_AGAINST_SIZE[label](*point) for point in points]
+                ax.plot(sizes, values, color=colors[model], marker="o", markersize=4, label=_short(model))
+        for label, ax in panels.items():
+            ax.set_xscale("log")
+            ax.set_yscale("log")
+            ax.set_xticks(sorted({job.size for job, _ in group}))
+            ax.xaxis.set_major_formatter(ScalarFormatter())
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            _finish(ax, settings, "side of the image (pixels)", label)
+        axes[3 * index].legend(fontsize=8)
+    return figure
+
+
+_AGAINST_SIZE: dict[str, Callable[[Job, Figures], float]] = {
+    "megapixels/s": lambda job, figures: figures.images_per_s * job.size**2 / 1e6,
+    "latency (ms)": lambda job, figures: figures.latency_ms,
+    "peak memory (GiB)": lambda job, figures: figures.peak_gib,
+}
+
+
+def _settings(job: Job) -> str:
+    return job.settings
+
+
+def _settings_but_size(job: Job) -> str:
+    return job.settings.replace(f" at {job.size}", "")
+
+
+def _grouped(results: Group, key: Callable[[Job], str]) -> dict[str, Group]:
+    groups: dict[str, Group] = {}
+    for job, figures in results:
+        groups.setdefault(key(job), []).append((job, figures))
+    return groups
+
+
+def _colors(groups: list[tuple[str, Group]]) -> dict[str, str]:
+    models = dict.fromkeys(job.model for _, group in groups for job, _ in group)
+    return dict(zip(models, cycle(_COLORS), strict=False))
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    columns = min(3, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.7 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for ax in axes[count:]:
+        ax.set_visible(False)
+    return figure, axes[:count]
+
+
+def _finish(ax: Axes, title: str, x: str, y: str) -> None:
+    ax.set_title(title, fontsize=9)
+    ax.set_xlabel(x, fontsize=9)
+    ax.set_ylabel(y, fontsize=9)
+    ax.tick_params(labelsize=8)
+    ax.grid(alpha=0.3, linewidth=0.6)
+
+
+def _short(model: str) -> str:
+    """A name without what says the size of its images and windows."""
+    return model.split("_patch")[0]
