@@ -5,7 +5,7 @@ SCENES_ROOT of the environment names (data/digit_scenes unless set). It is made 
 """
 
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::_base_/default_runtime.py"]
-custom_imports = dict(imports=["vmamba.mm"])
+custom_imports = dict(imports=["vmamba.mm", "vmamba.mm.seeding"], allow_failed_imports=False)
 
 # -- Data -------------------------------------------------------------------------------------------------------------
 

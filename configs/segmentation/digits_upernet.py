@@ -4,8 +4,12 @@ Data: 1,200 scenes of 128x128 that `vmamba scenes` makes, laid out as ADE20K, in
 SCENES_ROOT of the environment names (data/digit_scenes unless set). It is made when it is missing.
 """
 
-_base_ = ["mmseg::_base_/models/upernet_r50.py", "mmseg::_base_/default_runtime.py"]
-custom_imports = dict(imports=["vmamba.mm"])
+# "mmseg::" would look for a distribution called mmsegmentation, which OneDL's fork is not; a path finds both.
+_base_ = [
+    f"{__import__('mmseg').__path__[0]}/.mim/configs/_base_/models/upernet_r50.py",
+    f"{__import__('mmseg').__path__[0]}/.mim/configs/_base_/default_runtime.py",
+]
+custom_imports = dict(imports=["vmamba.mm", "vmamba.mm.seeding"], allow_failed_imports=False)
 
 # -- Data -------------------------------------------------------------------------------------------------------------
 
@@ -15,14 +19,14 @@ digits = dict(classes=("background", *"0123456789"))
 
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="PhotoMetricDistortion"),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(128, 128), keep_ratio=True),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(
@@ -64,7 +68,7 @@ tta_pipeline = [
         type="TestTimeAug",
         transforms=[
             [dict(type="Resize", scale_factor=factor, keep_ratio=True) for factor in (0.75, 1.0, 1.25)],
-            [dict(type="LoadAnnotations", reduce_zero_label=True)],
+            [dict(type="LoadAnnotations")],
             [dict(type="PackSegInputs")],
         ],
     ),
@@ -77,15 +81,24 @@ norm = dict(type="BN", requires_grad=True)
 model = dict(
     data_preprocessor=dict(size=(128, 128)),
     pretrained=None,  # ResNet's
-    backbone=dict(_delete_=True, type="MambaBackbone", model_name="vmamba_nano_32", out_indices=(0, 1, 2)),
-    decode_head=dict(in_channels=[32, 64, 128], in_index=[0, 1, 2], channels=64, num_classes=11, norm_cfg=norm),
-    auxiliary_head=dict(in_channels=128, in_index=2, channels=64, num_classes=11, norm_cfg=norm),
+    backbone=dict(_delete_=True, type="MambaBackbone", model_name="vmamba_nano_32", out_indices=(1, 2)),
+    decode_head=dict(
+        in_channels=[64, 128],
+        in_index=[0, 1],
+        channels=64,
+        num_classes=11,
+        norm_cfg=norm,
+        loss_decode=dict(avg_non_ignore=True),
+    ),
+    auxiliary_head=dict(
+        in_channels=128, in_index=1, channels=64, num_classes=11, norm_cfg=norm, loss_decode=dict(avg_non_ignore=True)
+    ),
 )
 
 # -- Training ---------------------------------------------------------------------------------------------------------
 
-epochs = 12
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=3)
+epochs = 10
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=2)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(

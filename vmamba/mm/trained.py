@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.runner.checkpoint import get_torch_safe_globals
 from torch import nn
 
 from vmamba.models._checkpoint import HARMLESS_TYPES, CheckpointError, check_fit, why_unreadable
@@ -16,9 +15,8 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     Raises:
         CheckpointError: There is no such file, it is damaged, or it holds objects that could be code.
     """
-    allowed = [*HARMLESS_TYPES, *(one for one in get_torch_safe_globals() if one is not getattr)]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(HARMLESS_TYPES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in any way
         raise CheckpointError(f"checkpoint {path}: {why_unreadable(error, path)}") from error
