@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import vmamba.models  # noqa: F401
-from vmamba.analysis.erf import draw_receptive_fields, effective_receptive_field
+from vmamba.analysis.erf import ReceptiveField, Square, draw_receptive_fields, effective_receptive_field
 from vmamba.errors import UserError
 
 
@@ -31,19 +31,30 @@ def test_of_one_convolution_it_is_the_kernel():
     expected = torch.zeros(9, 11, dtype=torch.float64)
     expected[3:6, 4:7] = kernel / 45  # around the middle, (4, 5)
     torch.testing.assert_close(field.heat, expected, rtol=1e-6, atol=0)
-    assert field.centre == (4, 5)
     assert field.images == 4
 
 
-def test_squares_around_the_centre():
+def test_the_smallest_square_that_holds_a_share():
     ones = torch.ones(3, 3)
     field = effective_receptive_field(Convolutions(ones, ones), [positive_images(1, 1, 11, 11)])
-    # Of 81: 9 in the middle, 49 in 3x3, all in 5x5.
-    sides = {share: field.square(share).side for share in (0.1, 9 / 81, 0.2, 0.6, 0.61, 1.0)}
-    assert sides == {0.1: 1, 9 / 81: 1, 0.2: 3, 0.6: 3, 0.61: 5, 1.0: 5}
-    assert field.square(1.0).area == pytest.approx(25 / 121)
+    # Of 81: 9 in the middle, 25 in the best 2x2, 49 in 3x3, 64 in 4x4, all in 5x5.
+    sides = {share: field.square(share / 81).side for share in (8, 9, 10, 49, 50, 64, 65, 81)}
+    assert sides == {8: 1, 9: 1, 10: 2, 49: 3, 50: 4, 64: 4, 65: 5, 81: 5}
+    whole = field.square(1.0)
+    assert (whole.top, whole.left) == (3, 3)
+    assert whole.area == pytest.approx(25 / 121)
     with pytest.raises(ValueError, match="share"):
         field.square(0)
+
+
+def test_a_square_lies_where_the_field_is_and_ends_with_the_image():
+    heat = torch.zeros(4, 10, dtype=torch.float64)
+    heat[1, 2] = heat[2, 3] = 0.2
+    heat[0, 9] = 0.6
+    field = ReceptiveField(heat, 1)
+    assert field.square(0.5) == Square(1, 0, 9, 1 / 40)
+    assert field.square(0.9) == Square(8, 0, 2, 32 / 40)
+    assert ReceptiveField(torch.ones(4, 10).double() / 40, 1).square(0.99).side == 10
 
 
 def test_it_is_averaged_over_images():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
@@ -25,14 +26,18 @@ SHARES = (0.2, 0.3, 0.5, 0.99)
 
 @dataclass(frozen=True)
 class Square:
-    """The smallest square around the centre that holds a given share of a receptive field.
+    """The smallest square that holds a given share of a receptive field, wherever it lies.
 
     Attributes:
-        side: In pixels; beyond the image it counts as if that went on, empty.
-        area: The part of the image inside, as a share of its pixels.
+        side: In pixels. Where it is longer than a side of the image, the square is cut there.
+        top: First row.
+        left: First column.
+        area: Its share of the image's pixels.
     """
 
     side: int
+    top: int
+    left: int
     area: float
 
 
@@ -42,26 +47,39 @@ class ReceptiveField:
 
     Attributes:
         heat: Each pixel's share of the gradient, (H, W) in float64; sums to 1.
-        centre: (row, column) of the middle of the central feature, in pixels.
         images: How many were averaged.
     """
 
     heat: Tensor
-    centre: tuple[float, float]
     images: int
 
     def square(self, share: float) -> Square:
-        """The smallest square around the centre that holds at least ``share``, which is in (0, 1]."""
+        """The smallest square that holds at least ``share``, which is in (0, 1].
+
+        It need not lie in the middle: the padding of strided convolutions moves the field of the central feature.
+        """
         if not 0 < share <= 1:
             raise ValueError(f"share must lie in (0, 1], got {share}")
-        height, width = self.heat.shape
-        rows = (torch.arange(height, dtype=torch.float64) - self.centre[0]).abs().unsqueeze(1)
-        columns = (torch.arange(width, dtype=torch.float64) - self.centre[1]).abs().unsqueeze(0)
-        distance = torch.maximum(rows, columns).flatten()
-        distances, order = distance.sort()
-        mass = self.heat.flatten()[order].cumsum(0)
-        reached = distances[int(torch.searchsorted(mass, min(share, float(mass[-1]))))]
-        return Square(side=int(2 * reached) + 1, area=float((distance <= reached).double().mean()))
+        integral = F.pad(self.heat.cumsum(0).cumsum(1), (1, 0, 1, 0))
+        enough = share * float(integral[-1, -1]) * (1 - 1e-9)  # the sums are rounded
+        too_small, side = 0, max(self.heat.shape)
+        while side - too_small > 1:
+            middle = (side + too_small) // 2
+            if float(_window_sums(integral, middle).max()) >= enough:
+                side = middle
+            else:
+                too_small = middle
+        sums = _window_sums(integral, side)
+        top, left = divmod(int(sums.argmax()), sums.shape[1])
+        height, width = (min(side, length) for length in self.heat.shape)
+        return Square(side, top, left, height * width / self.heat.numel())
+
+
+def _window_sums(integral: Tensor, side: int) -> Tensor:
+    """The sum in each square of that side, cut to the size of the image, from sums over rectangles at the origin."""
+    rows, columns = (min(side, length - 1) for length in integral.shape)
+    above, below = integral[:-rows], integral[rows:]
+    return below[:, columns:] - below[:, :-columns] - above[:, columns:] + above[:, :-columns]
 
 
 def effective_receptive_field(model: nn.Module, batches: Iterable[Tensor]) -> ReceptiveField:
@@ -79,13 +97,12 @@ def effective_receptive_field(model: nn.Module, batches: Iterable[Tensor]) -> Re
         raise UserError(
             f"{type(model).__name__} has no forward_intermediates, which a receptive field is measured with"
         )
-    total, images, centre = torch.zeros(()), 0, (0.0, 0.0)
+    total, images = torch.zeros(()), 0
     mode = model.training
     model.eval()
     try:
         for batch in batches:
-            gradient, centre = _central_gradient(model, batch)
-            total = total + gradient.abs().sum((0, 1)).double().cpu()
+            total = total + _central_gradient(model, batch).abs().sum((0, 1)).double().cpu()
             images += len(batch)
     finally:
         model.train(mode)
@@ -94,19 +111,17 @@ def effective_receptive_field(model: nn.Module, batches: Iterable[Tensor]) -> Re
     mass = float(total.sum())
     if not 0 < mass < float("inf"):
         raise UserError("the gradient of the central feature is zero or not finite; are the weights sound?")
-    return ReceptiveField(total / mass, centre, images)
+    return ReceptiveField(total / mass, images)
 
 
-def _central_gradient(model: Any, images: Tensor) -> tuple[Tensor, tuple[float, float]]:
-    """The gradient to the images (batch, C, H, W), and where the feature's middle lies in pixels."""
+def _central_gradient(model: Any, images: Tensor) -> Tensor:
+    """The gradient to the images, (batch, C, H, W)."""
     with torch.enable_grad():
         images = images.detach().requires_grad_()
         last = model.forward_intermediates(images, indices=1, norm=False, intermediates_only=True)[-1]
         rows, columns = last.shape[-2:]
         feature = last[..., rows // 2, columns // 2].relu().sum()
-        (gradient,) = torch.autograd.grad(feature, images)
-    height, width = images.shape[-2:]
-    return gradient, ((rows // 2 + 0.5) * height / rows - 0.5, (columns // 2 + 0.5) * width / columns - 0.5)
+        return torch.autograd.grad(feature, images)[0]
 
 
 def draw_receptive_fields(fields: Sequence[tuple[str, ReceptiveField]], title: str | None = None) -> "Figure":
@@ -138,7 +153,7 @@ def _draw_field(panel: "Axes", name: str, field: ReceptiveField) -> None:
     values = (field.heat / field.heat.max()).numpy()
     panel.imshow(values, cmap="viridis", norm=PowerNorm(0.2, vmin=0, vmax=1))
     half = field.square(0.5)
-    top, left = (middle - half.side / 2 for middle in field.centre)
-    panel.add_patch(Rectangle((left, top), half.side, half.side, fill=False, color="white", linestyle="--"))
+    corner = (half.left - 0.5, half.top - 0.5)
+    panel.add_patch(Rectangle(corner, half.side, half.side, fill=False, color="white", linestyle="--"))
     panel.set(xlim=(-0.5, values.shape[1] - 0.5), ylim=(values.shape[0] - 0.5, -0.5), xticks=[], yticks=[])
     panel.set_title(f"{name}\nhalf of it within {half.side} x {half.side} px", fontsize=9)
