@@ -4,8 +4,7 @@ import datetime
 import logging
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,6 @@ from vmamba.errors import UserError, nearest
 if TYPE_CHECKING:
     from vmamba.analysis.benchmark.meters import Meter
     from vmamba.analysis.benchmark.results import Book, Result
-    from vmamba.analysis.benchmark.turns import Effort
 
 _logger = logging.getLogger(__name__)
 
@@ -97,7 +95,6 @@ def _measure(args: Namespace) -> None:
     from vmamba.analysis.benchmark import environment
     from vmamba.analysis.benchmark.meters import make_meter
     from vmamba.analysis.benchmark.results import Book
-    from vmamba.analysis.benchmark.turns import Effort
     from vmamba.training.distributed import join
 
     if args.threads is not None:
@@ -109,9 +106,10 @@ def _measure(args: Namespace) -> None:
         book = Book(stem, facts, args.add)
         _logger.info(", ".join(f"{key} {value}" for key, value in facts.items() if value not in (None, "")))
         meter = make_meter(process.device)
-        effort = Effort(args.budget, args.rounds)
-        failures = _fill(book, _cells(args, sweep, meter), meter, effort, args.profile)
-        _report(book, failures)
+        new = _fill(book, sweep, meter, args)
+        if args.profile:
+            _print_profiles(new, meter, args.profile)
+        _report(book, new)
 
 
 def _sweep(args: Namespace, device: str) -> Sweep:
@@ -138,54 +136,53 @@ def _sweep(args: Namespace, device: str) -> Sweep:
     )
 
 
-def _cells(args: Namespace, sweep: Sweep, meter: "Meter") -> list[list[Job]]:
-    """Jobs that take turns; with --find-batch each alone, as it fills the memory."""
-    if not args.find_batch:
-        return sweep.cells()
-    from vmamba.analysis.benchmark.turns import largest_batch
-
-    limit = None if args.memory_limit is None else int(args.memory_limit * 2**30)
-    cells = []
-    for job in (job for cell in sweep.cells() for job in cell):
-        try:
-            batch = largest_batch(job, meter, limit, _logger.debug)
-        except UserError as error:
-            _logger.warning(f"{job.model} ({job.settings}): {error}")
-            continue
-        _logger.info(f"{job.model}: batch {batch} fits")
-        cells.append([replace(job, batch=batch)])
-    return cells
-
-
-def _fill(book: "Book", cells: Sequence[Sequence[Job]], meter: "Meter", effort: "Effort", profiled: int | None) -> int:
-    """Measures what the book has not; returns how many failed."""
+def _fill(book: "Book", sweep: Sweep, meter: "Meter", args: Namespace) -> "list[Result]":
+    """Measures what the book has not; returns that."""
     from tqdm import tqdm
 
-    from vmamba.analysis.benchmark.profile import dearest_operators
-    from vmamba.analysis.benchmark.results import Failure
-    from vmamba.analysis.benchmark.turns import measure
-
-    failures = 0
-    missing = [[job for job in cell if not book.has(job)] for cell in cells]
-    known = sum(map(len, cells)) - sum(map(len, missing))
+    cells = [[job for job in cell if not book.has(job)] for cell in sweep.cells()]
+    total = sum(map(len, cells))
+    known = sum(map(len, sweep.cells())) - total
     if known:
         _logger.info(f"{known} results are there already")
-    with tqdm(total=sum(map(len, missing)), leave=False, disable=not sys.stderr.isatty(), unit="result") as bar:
+    new = []
+    with tqdm(total=total, leave=False, disable=not sys.stderr.isatty(), unit="result") as bar:
         try:
-            for jobs in missing:
-                for result in measure(jobs, meter, effort, bar.set_postfix_str):
-                    book.add(result)
-                    bar.clear()
-                    _logger.info(_line(result))
-                    bar.update()
-                    failures += isinstance(result.outcome, Failure)
-                for job in filter(book.has, jobs if profiled else ()):
-                    _logger.info(f"{job.model} ({job.settings})\n{dearest_operators(job, meter, profiled or 0)}")
+            for result in _results(cells, meter, args, bar.set_postfix_str):
+                book.add(result)
+                new.append(result)
+                bar.clear()
+                _logger.info(_line(result))
+                bar.update()
         except KeyboardInterrupt:
             bar.close()
             _logger.info(f"stopped; {len(book.results)} results are in {book.json_path}; go on with --output and --add")
             raise
-    return failures
+    return new
+
+
+def _results(
+    cells: Sequence[Sequence[Job]], meter: "Meter", args: Namespace, announce: Callable[[str], None]
+) -> "Iterator[Result]":
+    """What becomes of the jobs of each cell, in turns; with --find-batch each alone, as it fills the memory."""
+    from vmamba.analysis.benchmark.turns import Effort, measure, measure_largest_batch
+
+    effort = Effort(args.budget, args.rounds)
+    limit = None if args.memory_limit is None else int(args.memory_limit * 2**30)
+    for cell in cells:
+        if args.find_batch:
+            for job in cell:
+                yield from measure_largest_batch(job, meter, effort, limit, announce)
+        else:
+            yield from measure(cell, meter, effort, announce)
+
+
+def _print_profiles(results: "list[Result]", meter: "Meter", count: int) -> None:
+    from vmamba.analysis.benchmark.profile import dearest_operators
+    from vmamba.analysis.benchmark.results import measured
+
+    for job, _ in measured(results):
+        _logger.info(f"{job.model} ({job.settings})\n{dearest_operators(job, meter, count)}")
 
 
 def _line(result: "Result") -> str:
@@ -201,15 +198,16 @@ def _line(result: "Result") -> str:
     )
 
 
-def _report(book: "Book", failures: int) -> None:
+def _report(book: "Book", new: "list[Result]") -> None:
     from vmamba.analysis.benchmark.plots import draw
+    from vmamba.analysis.benchmark.results import measured
 
-    if not book.results:
-        raise UserError("nothing was measured")
-    pictures = draw(book.results, book.environment, book.stem)
-    _logger.info(f"wrote  {book.stem}.json, .csv, .md{''.join(f', {path.name}' for path in pictures)}")
-    if failures:
-        raise UserError(f"{failures} of {len(book.results)} measurements failed; their rows say why, the others stand")
+    if book.results:
+        pictures = draw(book.results, book.environment, book.stem)
+        _logger.info(f"wrote  {book.stem}.json, .csv, .md{''.join(f', {path.name}' for path in pictures)}")
+    failed = len(new) - len(measured(new))
+    if failed:
+        raise UserError(f"{failed} of {len(new)} measurements failed; their rows say why, the others stand")
 
 
 def _names(text: str) -> list[str]:

@@ -172,6 +172,9 @@ class CudaMeter:
 
     def broken(self) -> str | None:
         try:
+            # A capture that failed leaves its stream as the current one, and may leave random numbers unusable.
+            torch.cuda.set_stream(torch.cuda.default_stream())
+            torch.rand(1, device=self.device)
             self.wait()
         except RuntimeError as error:
             return str(error).splitlines()[0]

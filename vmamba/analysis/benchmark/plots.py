@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from vmamba.analysis.benchmark.jobs import Job
 from vmamba.analysis.benchmark.peers import published_top1
@@ -57,6 +57,9 @@ def _accuracy(results: Group) -> Figure | None:
             ax.plot(*point, "o", color=colors[job.model], markersize=7)
             ax.annotate(_short(job.model), point, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(_plain)
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.margins(0.25, 0.2)
         _finish(ax, settings, "images/s", "published ImageNet top-1 (%)")
     return figure
@@ -85,8 +88,11 @@ def _resolution(results: Group) -> Figure | None:
             ax.set_xscale("log")
             ax.set_yscale("log")
             ax.set_xticks(sorted({job.size for job, _ in group}))
-            ax.xaxis.set_major_formatter(ScalarFormatter())
+            ax.xaxis.set_major_formatter(_plain)
             ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(_plain)
+            ax.yaxis.set_minor_formatter(NullFormatter())
             _finish(ax, settings, "side of the image (pixels)", label)
         axes[3 * index].legend(fontsize=8)
     return figure
@@ -97,6 +103,9 @@ _AGAINST_SIZE: dict[str, Callable[[Job, Figures], float]] = {
     "latency (ms)": lambda job, figures: figures.latency_ms,
     "peak memory (GiB)": lambda job, figures: figures.peak_gib,
 }
+
+
+_plain = FuncFormatter(lambda value, _: f"{value:,g}")
 
 
 def _settings(job: Job) -> str:

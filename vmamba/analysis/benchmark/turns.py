@@ -116,17 +116,20 @@ def measure(
         waiting = too_large
 
 
-def largest_batch(job: Job, meter: Meter, limit_bytes: int | None, announce: Announce = lambda text: None) -> int:
-    """The most images a call that fit, within a sixteenth of the number.
+def measure_largest_batch(
+    job: Job, meter: Meter, effort: Effort, limit_bytes: int | None, announce: Announce = lambda text: None
+) -> Iterator[Result]:
+    """Measures a job at the most images a call that fit, within a sixteenth of the number.
 
     Args:
         job: What to measure; its batch does not matter.
         meter: The device.
+        effort: How long.
         limit_bytes: Peak memory allowed; None for all there is.
         announce: Called with what is being done.
 
-    Raises:
-        UserError: if not even one image fits, or the model fails for another reason.
+    Yields:
+        The result; a failure if not even one image fits, or if the model fails for another reason.
     """
 
     def fits(batch: int) -> bool:
@@ -137,10 +140,15 @@ def largest_batch(job: Job, meter: Meter, limit_bytes: int | None, announce: Ann
         if isinstance(outcome, _Contestant):
             return limit_bytes is None or outcome.peak_bytes <= limit_bytes
         if not outcome.out_of_memory:
-            raise UserError(f"batch {batch}: {outcome.reason}")
+            raise UserError(f"at batch {batch}, {outcome.reason}")
         return False
 
-    return search_largest(fits)
+    try:
+        batch = search_largest(fits)
+    except UserError as error:
+        yield Result(job, explain(error))
+        return
+    yield from measure([replace(job, batch=batch)], meter, effort, announce)
 
 
 def search_largest(fits: Callable[[int], bool]) -> int:
@@ -175,15 +183,23 @@ def _attempt(job: Job, meter: Meter) -> _Contestant | Failure:
 
 
 def explain(error: Exception) -> Failure:
-    """An exception in one line."""
+    """An exception in one line, with the one that was first where it is the last of several."""
+    if isinstance(error, UserError):
+        return Failure(str(error))
+    causes = list(_causes(error))  # compilers wrap what they stumble over, an ended capture hides it
+    reason = _in_short(error) if len(causes) == 1 else f"{_in_short(error)} (first {_in_short(causes[-1])})"
+    if any(isinstance(cause, torch.OutOfMemoryError) for cause in causes):
+        return Failure(f"out of memory: {reason}", out_of_memory=True)
+    return Failure(reason)
+
+
+def _in_short(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else ""
-    if any(isinstance(cause, torch.OutOfMemoryError) for cause in _causes(error)):  # compilers wrap it
-        return Failure(f"out of memory: {reason}"[:_LONGEST_REASON], out_of_memory=True)
-    return Failure((reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}")[:_LONGEST_REASON])
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:_LONGEST_REASON]
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The exception, and those it came from."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -191,11 +207,15 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _check(job: Job, meter: Meter) -> None:
-    """After a failure: is the device still of use?"""
+    """After a failure: is the device still of use?
+
+    Raises:
+        UserError: It is not.
+    """
     meter.release()
     broken = meter.broken()
     if broken:
-        raise UserError(f"the GPU does not go on after {job.model} ({job.settings}): {broken}")
+        raise UserError(f"the GPU does not go on after {job.model} ({job.settings}): {broken}; start again without it")
 
 
 def _prepare(job: Job, meter: Meter) -> _Contestant:
