@@ -64,5 +64,7 @@ def published_top1(name: str) -> float | None:
     peer = next((peer for peer in PEERS.values() if peer.name == name), None)
     if peer is not None:
         return peer.top1
+    if not is_model(name):
+        return None
     family = sys.modules[model_entrypoint(name).__module__]
     return getattr(family, "PUBLISHED_TOP1", {}).get(getattr(family, "ALIASES", {}).get(name, name))

@@ -17,6 +17,7 @@ from vmamba.analysis.benchmark.steps import Run, Step, make_step
 from vmamba.errors import UserError
 
 _WARM_UPS = 3
+_WARM_UP_SECONDS = 5
 _FEWEST_ROUNDS = 3
 _MOST_CALLS = 200  # a turn
 _LONGEST_REASON = 300
@@ -101,7 +102,7 @@ def measure(
     while waiting:
         ready: list[_Contestant] = []  # those of a round before are gone now
         too_large: list[Job] = []
-        _forget_compiled(meter)
+        _make_room(waiting, meter)
         for job in waiting:
             announce(f"preparing {job.model} ({job.settings})")
             outcome = _attempt(job, meter)
@@ -135,7 +136,7 @@ def measure_largest_batch(
     def fits(batch: int) -> bool:
         trial = replace(job, batch=batch)
         announce(f"does batch {batch} fit? {job.model} ({trial.settings})")
-        _forget_compiled(meter)
+        _make_room([trial], meter)
         outcome = _attempt(trial, meter)
         if isinstance(outcome, _Contestant):
             return limit_bytes is None or outcome.peak_bytes <= limit_bytes
@@ -223,14 +224,18 @@ def _prepare(job: Job, meter: Meter) -> _Contestant:
     step = make_step(job, meter.device)
     with meter.warming(job.graph):
         first_call_s = _seconds(step.run, meter)
-        call_s = min(_seconds(step.run, meter) for _ in range(_warm_ups(first_call_s)))
+        call_s = _warm_up(step.run, meter)
     run, peak_bytes = meter.peak(step, job.graph)
     call_s = min(call_s, _seconds(run, meter))
     return _Contestant(job, step, run, peak_bytes, first_call_s, 1e3 * call_s)
 
 
-def _warm_ups(first_call_s: float) -> int:
-    return _WARM_UPS if first_call_s < 60 else 1
+def _warm_up(run: Run, meter: Meter) -> float:
+    """Seconds of the quickest of a few calls; fewer of them where they are slow."""
+    calls: list[float] = []
+    while len(calls) < _WARM_UPS and sum(calls) < _WARM_UP_SECONDS:
+        calls.append(_seconds(run, meter))
+    return min(calls)
 
 
 def _seconds(run: Run, meter: Meter) -> float:
@@ -283,7 +288,8 @@ def _take_turn(contestant: _Contestant, meter: Meter, effort: Effort) -> Failure
     return None
 
 
-def _forget_compiled(meter: Meter) -> None:
-    torch.compiler.reset()
-    torch._dynamo.config.recompile_limit = _COMPILED_AT_A_TIME
+def _make_room(jobs: Sequence[Job], meter: Meter) -> None:
+    if any(job.compiled for job in jobs):
+        torch.compiler.reset()
+        torch._dynamo.config.recompile_limit = _COMPILED_AT_A_TIME
     meter.release()
