@@ -110,10 +110,13 @@ def build_model(
         UserError: if published weights cannot be had.
         CheckpointError: if the weights cannot be read or do not fit.
     """
-    checkpoint = _published(variant, kwargs) if pretrained else None
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    if overlay.get("url"):
+        overlay.setdefault("hf_hub_id", None)  # which timm would prefer
+    checkpoint = _published(variant, kwargs.get("pretrained_cfg"), overlay) if pretrained else None
     if checkpoint is not None:
-        file = {"file": str(fetch(checkpoint))}
-        kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), **file}
+        cache_dir = kwargs.get("cache_dir")
+        overlay["file"] = str(fetch(checkpoint, Path(cache_dir) if cache_dir else None))
     strict = kwargs.get("pretrained_strict", True)
     features_only = kwargs.get("features_only", False)
     reading: list[nn.Module] = []  # the model, from when it is built to when its weights have been read
@@ -140,7 +143,14 @@ def build_model(
 
     try:
         with torch.serialization.safe_globals(HARMLESS_TYPES):
-            return build_model_with_cfg(construct, variant, pretrained, pretrained_filter_fn=convert, **kwargs)
+            return build_model_with_cfg(
+                construct,
+                variant,
+                pretrained,
+                pretrained_cfg_overlay=overlay,
+                pretrained_filter_fn=convert,
+                **kwargs,
+            )
     except Exception as error:
         if not reading:
             raise
@@ -148,9 +158,9 @@ def build_model(
         raise CheckpointError(f"{location} for {variant}: {why_unreadable(error, location)}") from error
 
 
-def _published(variant: str, kwargs: dict[str, Any]) -> Checkpoint | None:
+def _published(variant: str, pretrained_cfg: Any, overlay: dict[str, Any]) -> Checkpoint | None:
     """The checkpoint of the manifest that a model's configuration names, unless the caller names other weights."""
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     if cfg.source or cfg.file or cfg.state_dict:
         return None
     return next((checkpoint for checkpoint in checkpoints().values() if checkpoint.url == cfg.url), None)

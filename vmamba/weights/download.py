@@ -132,8 +132,9 @@ def _receive_once(url: str, part: Path) -> int | None:
         if response.headers.get_content_type() == "text/html":
             raise Unavailable(f"{url} leads to a web page, not to a file")
         reply = _reply(response, have)
-        _require_space(part, reply)
-        _remember_validator(part, url, response.headers)
+        with _disk(part):
+            _require_space(part, reply)
+            _remember_validator(part, url, response.headers)
         _append(response, part, reply)
         return reply.total
 

@@ -4,18 +4,19 @@ Most weights were published without a hash. The first file that arrives under a 
 `record.json` beside the cache, and every later one has to be the same.
 """
 
-import contextlib
 import datetime
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 
 from vmamba.errors import UserError
 from vmamba.weights import places
@@ -62,13 +63,18 @@ def check(
     pin = content["pins"].get(name)
     if not accept:
         _compare(checkpoint, _File(source, final.suffix, stat.st_size, digest, arriving=target is not None), pin)
+        if pin is None:
+            _require_whole(path, final.suffix, source)
     read = [stat.st_size, stat.st_mtime_ns, digest]
+
+    def remember(content: dict[str, dict]) -> None:
+        content["read"][key] = read
+        if accept or name not in content["pins"]:
+            today = datetime.date.today().isoformat()
+            content["pins"][name] = {"sha256": digest, "size": stat.st_size, "source": source, "since": today}
+
     if pin is None or pin["sha256"] != digest or content["read"].get(key) != read:
-        with _changing() as content:
-            content["read"][key] = read
-            if accept or name not in content["pins"]:
-                today = datetime.date.today().isoformat()
-                content["pins"][name] = {"sha256": digest, "size": stat.st_size, "source": source, "since": today}
+        _change(remember)
     return digest
 
 
@@ -113,6 +119,28 @@ def _compare(checkpoint: Checkpoint, file: _File, pin: dict[str, Any] | None) ->
         )
 
 
+def _require_whole(path: Path, suffix: str, source: str) -> None:
+    """A file that was cut off before it came here must not be what later ones are compared with."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    if suffix == places.CONVERTED_SUFFIX:
+        whole = _is_safetensors(path)
+    elif start == b"PK":
+        whole = zipfile.is_zipfile(path)  # whose table of contents is at the end
+    else:
+        whole = start[:1] == b"\x80"  # a pickle, as old versions of torch wrote; where it should end is not said
+    if not whole:
+        raise UserError(f"{source} is truncated, corrupt or no checkpoint at all ({path.stat().st_size:,} bytes)")
+
+
+def _is_safetensors(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="np"):
+            return True
+    except SafetensorError:
+        return False
+
+
 def _path() -> Path:
     return places.cache() / "record.json"
 
@@ -121,7 +149,7 @@ def _read() -> dict[str, dict]:
     try:
         content = json.loads(_path().read_text(encoding="utf-8"))
         return {"pins": dict(content["pins"]), "read": dict(content["read"])}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {"pins": {}, "read": {}}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -129,15 +157,14 @@ def _read() -> dict[str, dict]:
         ) from error
 
 
-@contextlib.contextmanager
-def _changing() -> Iterator[dict[str, dict]]:
-    """Gives the record to be changed, and writes it whole."""
+def _change(update: Callable[[dict[str, dict]], None]) -> None:
+    """Let ``update`` change the record, and write it whole."""
     path = _path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             content = _read()
-            yield content
+            update(content)
             content["read"] = {file: seen for file, seen in content["read"].items() if Path(file).exists()}
             temporary = path.with_name(f"{path.name}.{os.getpid()}")
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -1,0 +1,144 @@
+"""`vmamba weights`, through the command."""
+
+import os
+import pty
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.running import ROOT, one_line, vmamba
+from tests.weights import published
+from tests.weights.conftest import cache, home, hub, mirror, server  # noqa: F401  (fixtures)
+from vmamba.weights import checkpoints, find
+
+NAME = "msvmamba_nano.in1k"
+FILE = f"{NAME}.pth"
+
+
+def weights(*arguments: object):
+    result = vmamba("weights", *arguments)
+    assert result.status == 0, result.err
+    return result.out
+
+
+def content(value: object) -> bytes:
+    torch.save({"model": {"x": torch.tensor(value)}}, "made.pth")
+    return Path("made.pth").read_bytes()
+
+
+def test_list():
+    lines = weights("list").splitlines()
+    assert lines[0].split() == ["name", "published", "accuracy", "size", "licence", "where"]
+    assert [line.split()[0] for line in lines[1:]] == list(checkpoints())
+
+
+def test_list_some(cache):  # noqa: F811
+    published.save(find(NAME), cache / FILE)
+    (line,) = weights("list", "msvmamba_nano").splitlines()[1:]
+    assert line.split() == [NAME, "top-1", "77.3", "-", "none", "stated", str(cache / FILE)]
+    found = weights("list", "*_l1_*", "--task", "detection")
+    assert [line.split()[0] for line in found.splitlines()[1:]] == [
+        "plainmamba_l1_mask_rcnn_1x.coco",
+        "plainmamba_l1_retinanet_1x.coco",
+    ]
+
+
+def test_list_nothing():
+    message = one_line(vmamba("weights", "list", "vmamba_tiny_s1l9"))
+    assert "no weights match 'vmamba_tiny_s1l9'; did you mean vmamba_tiny_s1l8.in1k" in message
+
+
+def test_download_verify_accept(mirror, cache):  # noqa: F811
+    mirror.files[FILE] = content(1)
+    assert weights("download", NAME).strip() == f"{NAME}: {cache / FILE}"
+    assert str(cache / FILE) in weights("verify")
+    assert str(cache / FILE) in weights("verify", NAME)
+    times = os.stat(cache / FILE)
+    (cache / FILE).write_bytes(content(2))
+    os.utime(cache / FILE, ns=(times.st_atime_ns, times.st_mtime_ns))  # as if nothing had happened
+    result = vmamba("weights", "verify")
+    assert result.status == 2
+    assert "HAS CHANGED" in result.err
+    assert "1 of 1 files are not what they were or should be" in result.err
+    weights("verify", "--accept")
+    weights("verify")
+
+
+def test_download_to_a_folder(mirror, tmp_path):  # noqa: F811
+    mirror.files[FILE] = content(1)
+    weights("download", NAME, "--to", tmp_path / "mine")
+    assert (tmp_path / "mine" / FILE).read_bytes() == content(1)
+
+
+def test_verify_what_is_not_here():
+    assert "no weights are here yet" in weights("verify")
+    assert f"{NAME} is not here; get it: vmamba weights download {NAME}" in one_line(vmamba("weights", "verify", NAME))
+
+
+def test_import_convert_push(tmp_path, cache):  # noqa: F811
+    source = published.save(find(NAME), tmp_path / "best_ckpt.pth")
+    assert weights("import", source, "--as", "msvmamba_nano").strip() == f"{NAME}: {cache / FILE}"
+    assert weights("convert", NAME).strip() == f"{NAME}: {cache / NAME}.safetensors"
+    out = weights("push", NAME, "--to", "me/nano")
+    assert "to https://huggingface.co/me/nano:" in out
+    assert "model.safetensors  27." in out
+    assert "config.json" in out
+    assert "license_name: none-stated" in out
+    assert out.endswith("nothing was uploaded; add --upload to do it\n")
+
+
+def test_push_uploads_when_told_to(cache, hub, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    name = "plainmamba_l1_retinanet_1x.coco"
+    published.save(find(name), cache / f"{name}.pth")
+    out = weights("push", name, "--to", "me/det", "--upload")
+    assert f"uploaded: {hub.url}/me/det/commit/" in out
+    assert set(hub.commits[0]) == {"README.md", "model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "the following arguments are required: ACTION"),
+        (("lst",), "invalid choice: 'lst' (choose from"),
+        (("download",), "the following arguments are required: NAME"),
+        (("download", "vim_tiny_patch16_22"), "no published weights are called 'vim_tiny_patch16_22'; did you mean"),
+        (("import", "x.pth"), "the following arguments are required: --as"),
+        (("import", "x.pth", "--as", NAME), "there is no file x.pth"),
+        (("import", "x.pth", "--as", "msvmamba_nanno"), "did you mean msvmamba_nano.in1k"),
+        (("list", "--tasks"), "vmamba weights does not know '--tasks'"),
+    ],
+)
+def test_mistakes(arguments, message):
+    assert message in one_line(vmamba("weights", *arguments))
+
+
+def start_download(stderr=subprocess.PIPE) -> subprocess.Popen:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "vmamba.cli.main", "weights", "download", NAME]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+
+def test_two_processes_and_a_terminal(mirror, cache):  # noqa: F811
+    """Started together, one downloads and the other waits; the one with a terminal shows how far it is."""
+    mirror.files[FILE] = content([0.5] * 1_000_000)
+    mirror.go_on = threading.Event()
+    ours, theirs = pty.openpty()
+    first = start_download(stderr=theirs)
+    os.close(theirs)
+    shown = os.read(ours, 10_000).decode()  # the bar
+    second = start_download()
+    assert second.stdout.readline() == f"another process is getting {FILE}; waiting for it\n"
+    mirror.go_on.set()
+    out, err = second.communicate(timeout=120)
+    assert first.wait(timeout=120) == second.returncode == 0, err
+    assert (cache / FILE).read_bytes() == mirror.files[FILE]
+    assert len(mirror.requests) == 1
+    assert FILE in shown
+    assert "/3.81M" in shown
+    assert f"{NAME}: {cache / FILE}" in out
