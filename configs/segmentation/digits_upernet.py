@@ -1,6 +1,6 @@
 """A small UPerNet that labels the pixels of handwritten digits: ten minutes on two CPU cores, nothing to download.
 
-Data: 1,200 scenes of 128x128 that `vmamba scenes` makes, laid out as ADE20K, in the folder that the variable
+Data: 1,500 scenes of 96x96 that `vmamba scenes` makes, laid out as ADE20K, in the folder that the variable
 SCENES_ROOT of the environment names (data/digit_scenes unless set). It is made when it is missing.
 """
 
@@ -13,19 +13,18 @@ custom_imports = dict(imports=["vmamba.mm", "vmamba.mm.seeding"], allow_failed_i
 
 # -- Data -------------------------------------------------------------------------------------------------------------
 
-digit_scenes = dict(train=1200, val=150, size=128, seed=0)
+digit_scenes = dict(train=1500, val=150, size=96, seed=0)
 data_root = "{{$SCENES_ROOT:data/digit_scenes}}"
 digits = dict(classes=("background", *"0123456789"))
 
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
-    dict(type="PhotoMetricDistortion"),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(128, 128), keep_ratio=True),
+    dict(type="Resize", scale=(96, 96), keep_ratio=True),
     dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
@@ -77,27 +76,27 @@ tta_pipeline = [
 # -- Model ------------------------------------------------------------------------------------------------------------
 
 norm = dict(type="BN", requires_grad=True)
+# Five sixths of the pixels are background: at full weight, nothing else is learnt for long.
+loss = dict(class_weight=[0.4] + [1.0] * 10, avg_non_ignore=True)
 
 model = dict(
-    data_preprocessor=dict(size=(128, 128)),
+    data_preprocessor=dict(size=(96, 96)),
     pretrained=None,  # ResNet's
-    backbone=dict(_delete_=True, type="MambaBackbone", model_name="vmamba_nano_32", out_indices=(1, 2)),
+    backbone=dict(_delete_=True, type="MambaBackbone", model_name="vmamba_nano_32", out_indices=(0, 1, 2)),
     decode_head=dict(
-        in_channels=[64, 128],
-        in_index=[0, 1],
-        channels=64,
+        in_channels=[32, 64, 128],
+        in_index=[0, 1, 2],
+        channels=32,
         num_classes=11,
         norm_cfg=norm,
-        loss_decode=dict(avg_non_ignore=True),
+        loss_decode=loss,
     ),
-    auxiliary_head=dict(
-        in_channels=128, in_index=1, channels=64, num_classes=11, norm_cfg=norm, loss_decode=dict(avg_non_ignore=True)
-    ),
+    auxiliary_head=dict(in_channels=128, in_index=2, channels=32, num_classes=11, norm_cfg=norm, loss_decode=loss),
 )
 
 # -- Training ---------------------------------------------------------------------------------------------------------
 
-epochs = 10
+epochs = 8
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=2)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

@@ -60,7 +60,7 @@ def measure(config, checkpoint, work_dir, *arguments):
 
 
 def test_ap_of_a_detector(checkpoints, tmp_path):
-    result = measure("digits_mask_rcnn", checkpoints["digits_mask_rcnn"], tmp_path, "--show-dir", "shown")
+    result = measure("digits_mask_rcnn", checkpoints["digits_mask_rcnn"], tmp_path, "--show-dir", tmp_path / "shown")
     assert result.status == 0, result.err
     found = metrics(tmp_path)
     assert {"coco/bbox_mAP_50", "coco/segm_mAP_50"} <= found.keys()

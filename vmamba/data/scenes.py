@@ -1,8 +1,8 @@
 """Scenes of real handwritten digits on textured grounds: detection and segmentation data that need no download.
 
-A scene shows scikit-learn's scans (:mod:`vmamba.data.digits`) at several sizes, turned, in colour, partly hidden by one
-another, among plain shapes that are no digits. A folder of scenes is laid out as two well-known data sets are, so that
-whatever reads those reads it::
+A scene shows scikit-learn's scans (:mod:`vmamba.data.digits`) as if written with coloured chalk on a dark texture: at
+several sizes, turned, partly hidden by one another, among plain shapes that are no digits. A folder of scenes is laid
+out as two well-known data sets are, so that whatever reads those reads it::
 
     images/training/*.jpg         images/validation/*.jpg
     annotations/training/*.png    annotations/validation/*.png      ADE20K: one label a pixel
@@ -44,14 +44,16 @@ _UNLABELLED, _BACKGROUND = 0, 1
 _RECIPE = "scenes.json"
 
 # Shares of the scene's width, and of a digit's ink.
-_DIGIT_HEIGHTS = (0.2, 0.5)
-_HEAP_DIGIT_HEIGHT = 0.09
-_MOST_HIDDEN = 0.15
+_DIGIT_HEIGHTS = (0.25, 0.5)
+_HEAP_DIGIT_HEIGHT = 0.1
+_MOST_HIDDEN = 0.1
 
-_MOST_DIGITS = 6
-_MOST_TURNED = 25  # degrees; a 6 turned further could be a 9
-_HEAP_SHARE = 0.15  # of the scenes
-_LEAST_CONTRAST = 80  # grey levels between a digit and the ground around it
+_DIGITS = (2, 7)  # at least, and the first number that is too many
+_MOST_TURNED = 20  # degrees; a 6 turned further could be a 9
+_HEAP_SHARE = 0.1  # of the scenes
+_BRIGHTEST_GROUND = 140
+_DARKEST_CHALK = 120
+_LEAST_CONTRAST = 80  # grey levels between a digit and what it covers
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,9 @@ class SceneRecipe:
         UserError: A number is out of range.
     """
 
-    train: int = 600
-    val: int = 120
-    size: int = 128
+    train: int = 1500
+    val: int = 150
+    size: int = 96
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -262,7 +264,7 @@ def draw_scene(scans: list[tuple[Image.Image, int]], size: int, random: Generato
         _add_shape(scene, random)
     if random.random() < _HEAP_SHARE:
         _add_heap(scene, scans, random)
-    for _ in range(random.integers(2, _MOST_DIGITS + 1)):
+    for _ in range(random.integers(*_DIGITS)):
         _add_digit(scene, scans, random)
     scene.pixels += random.normal(0, random.uniform(1, 6), scene.pixels.shape)
     return scene
@@ -276,7 +278,7 @@ def _ground(size: int, random: Generator) -> np.ndarray:
         angle, waves = random.uniform(0, math.pi), random.uniform(4, 16)
         y, x = np.mgrid[:size, :size] / size
         pattern = np.sin(math.tau * waves * (x * math.cos(angle) + y * math.sin(angle)) + 4 * pattern)
-    colors = random.uniform(0, 255, (2, 1, 1, 3))
+    colors = random.uniform(0, _BRIGHTEST_GROUND, (2, 1, 1, 3))
     colors[1] = colors[0] + (colors[1] - colors[0]) * random.uniform(0.1, 0.5)
     return colors[0] + (colors[1] - colors[0]) * (pattern[..., None] + 1) / 2
 
@@ -294,7 +296,7 @@ def _add_shape(scene: Scene, random: Generator) -> None:
     center, extent = random.uniform(0, size, 2), random.uniform(0.05, 0.2, 2) * size
     draw = ImageDraw.Draw(shape)
     (draw.ellipse if random.random() < 0.5 else draw.rectangle)([*(center - extent), *(center + extent)], fill=255)
-    _paint(scene, np.asarray(shape.filter(ImageFilter.GaussianBlur(1))) / 255, random.uniform(0, 255, 3))
+    _paint(scene, np.asarray(shape.filter(ImageFilter.GaussianBlur(1))) / 255, random.uniform(0, _BRIGHTEST_GROUND, 3))
 
 
 def _add_digit(scene: Scene, scans: list[tuple[Image.Image, int]], random: Generator) -> None:
@@ -311,7 +313,7 @@ def _add_digit(scene: Scene, scans: list[tuple[Image.Image, int]], random: Gener
         return
     for one in scene.objects:
         one.mask = one.mask & ~mask
-    _paint(scene, layer, _contrasting_color(scene, layer, random))
+    _paint(scene, layer, _chalk(scene, layer, random))
     scene.objects.append(SceneObject(digit, mask))
 
 
@@ -323,7 +325,7 @@ def _add_heap(scene: Scene, scans: list[tuple[Image.Image, int]], random: Genera
     mask = np.zeros((size, size), bool)
     for _ in range(random.integers(8, 14)):
         layer = _placed(_ink(scan, _HEAP_DIGIT_HEIGHT * size, random), scene, center + random.normal(0, 0.05, 2))
-        _paint(scene, layer, _contrasting_color(scene, layer, random))
+        _paint(scene, layer, _chalk(scene, layer, random))
         mask |= layer > 0.5
     scene.objects.append(SceneObject(digit, mask, crowd=True))
 
@@ -347,13 +349,12 @@ def _placed(ink: np.ndarray, scene: Scene, position: np.ndarray) -> np.ndarray:
     return layer
 
 
-def _contrasting_color(scene: Scene, layer: np.ndarray, random: Generator) -> np.ndarray:
-    """A colour that is well lighter or darker than what a layer will cover."""
-    ground = scene.pixels[layer > 0.5].mean()
-    while True:
-        color = random.uniform(0, 255, 3)
-        if abs(color.mean() - ground) >= _LEAST_CONTRAST:
-            return color
+def _chalk(scene: Scene, layer: np.ndarray, random: Generator) -> np.ndarray:
+    """A colour that differs well from what a layer will cover, which may be another digit."""
+    covered = scene.pixels[layer > 0.5]
+    colors = random.uniform(_DARKEST_CHALK, 255, (20, 3))
+    contrasts = np.abs(colors[:, None] - covered).mean(axis=(1, 2))
+    return colors[np.argmax(contrasts >= min(_LEAST_CONTRAST, contrasts.max()))]
 
 
 def _paint(scene: Scene, layer: np.ndarray, color: np.ndarray) -> None:
