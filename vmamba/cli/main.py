@@ -19,6 +19,7 @@ COMMANDS = {
     "train-dense": ("vmamba.mm.train", "train a detector or segmentor (needs the mm extra)"),
     "test-dense": ("vmamba.mm.test", "measure a detector's AP or a segmentor's IoU"),
     "predict-dense": ("vmamba.mm.predict", "draw what a detector or segmentor finds on images"),
+    "flops-dense": ("vmamba.mm.flops", "count the operations of a whole detector or segmentor"),
     "scenes": ("vmamba.cli.scenes", "make detection and segmentation data: digits in scenes"),
     "show": ("vmamba.cli.show", "draw a model's routes, receptive field, attention and features"),
     "benchmark": ("vmamba.cli.benchmark", "measure speed and memory of models beside timm's"),

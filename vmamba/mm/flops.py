@@ -1,13 +1,12 @@
-"""What a whole detector or segmentor costs: true operations, and the figures that papers have.
+"""`vmamba flops-dense`: what a whole detector or segmentor costs, in true operations, and the figures that papers have.
 
 Nothing is computed: everything runs on the meta device. As in the tools of MMDetection and MMSegmentation, a detector
 of two stages counts its second one on a fixed number of boxes, post-processing is free, and so is a segmentor's
 auxiliary head.
 """
 
-import argparse
 import math
-import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vmamba.analysis.flops import Cost, Rule, counted_by, published_rule
 from vmamba.errors import UserError
 from vmamba.mm.plainmamba_adapter import Exchange
+from vmamba.mm.settings import load_settings
 from vmamba.models._backbone import Backbone
 from vmamba.models.plainmamba import PlainMamba
 from vmamba.models.spatialmamba import SpatialMamba
@@ -50,8 +50,7 @@ def published_size(cfg: Config) -> tuple[int, int]:
 
 def build_on_meta(cfg: Config) -> Any:
     """The detector or segmentor of a config, in eval mode and without memory for its weights."""
-    init_default_scope(cfg.default_scope)
-    with torch.device("meta"):
+    with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.device("meta"):
         return MODELS.build(cfg.model).eval()
 
 
@@ -243,38 +242,35 @@ OPERATORS: dict[Any, OperatorCost] = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> int:
-    """``tools/flops_dense.py``: a line for each config."""
-    parser = argparse.ArgumentParser(prog="tools/flops_dense.py", description=__doc__)
-    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="config files of detectors and segmentors")
+def add_arguments(parser: ArgumentParser) -> None:
+    """What to count."""
+    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="configurations: files, or names from configs/")
     parser.add_argument(
         "--size",
         nargs=2,
         type=int,
         metavar=("HEIGHT", "WIDTH"),
-        help="of the image; as in published tables unless given",
+        help="of the image (default: as in published tables)",
     )
-    args = parser.parse_args(argv)
+
+
+def run(args: Namespace) -> None:
+    """Print a line for each config."""
     print(f"{'config':50} {'image':>10} {'params M':>10} {'GFLOPs as published':>20} {'GMACs':>10}")
-    try:
-        for path in args.configs:
-            print(_line(path, args.size), flush=True)
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    for name in args.configs:
+        print(_line(name, args.size), flush=True)
 
 
-def _line(path: str, size: list[int] | None) -> str:
-    if not Path(path).is_file():
-        raise UserError(f"there is no config {path}")
-    cfg = Config.fromfile(path)
+def _line(name: str, size: list[int] | None) -> str:
+    cfg = load_settings(name)
     height, width = size or published_size(cfg)
+    if min(height, width) < 1:
+        raise UserError(f"--size is {height} {width}, expected a positive height and width")
     model = build_on_meta(cfg)
     cost = count_dense(model, height, width)
     published = published_dense_flops(model, height, width)
     as_published = "-" if published is None else f"{published / 1e9:.3f}"
     return (
-        f"{Path(path).stem:50} {f'{height}x{width}':>10} {cost.params / 1e6:10.3f} {as_published:>20} "
+        f"{Path(name).stem:50} {f'{height}x{width}':>10} {cost.params / 1e6:10.3f} {as_published:>20} "
         f"{cost.macs / 1e9:10.3f}"
     )

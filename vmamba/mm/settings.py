@@ -27,7 +27,14 @@ def add_config_arguments(parser: ArgumentParser) -> None:
 
 
 def read_settings(name: str, options: dict[str, Any] | None = None) -> Config:
-    """Read a configuration, and make its data if it is the package's own and missing.
+    """:func:`load_settings`, and make the configuration's data if it is the package's own and missing."""
+    settings = load_settings(name, options)
+    _make_scenes(settings)
+    return settings
+
+
+def load_settings(name: str, options: dict[str, Any] | None = None) -> Config:
+    """Read a configuration.
 
     Args:
         name: A file, or the name of one in ``configs/detection`` or ``configs/segmentation``.
@@ -52,7 +59,6 @@ def read_settings(name: str, options: dict[str, Any] | None = None) -> Config:
     settings.setdefault("work_dir", os.path.join("runs", path.stem))
     if not torch.cuda.is_available():
         settings.merge_from_dict({"env_cfg.dist_cfg.backend": "gloo"})
-    _make_scenes(settings)
     return settings
 
 
