@@ -82,14 +82,12 @@ class _EagerNorm(torch.autograd.Function):
     """The differentiable operator without the wrapping of torch.library, which costs more time than a small norm."""
 
     @staticmethod
-    def forward(x, weight, bias, eps, out_dtype):
+    def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.vmamba.layer_norm(x, weight, bias, eps, out_dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
+            output = torch.ops.vmamba.layer_norm(*inputs)
         ctx.mark_non_differentiable(output[1], output[2])
         _setup_context(ctx, inputs, output)
+        return output
 
     @staticmethod
     @once_differentiable

@@ -117,16 +117,17 @@ def _backward(ctx, grad, _grad_checkpoints):
 
 
 class _EagerScan(torch.autograd.Function):
-    """The differentiable operator without the wrapping of torch.library, which costs more time than a small scan."""
+    """The differentiable operator without the wrapping of torch.library, which costs more time than a small scan.
+
+    Nor does it have a separate ``setup_context``, for which PyTorch looks up the signature of ``forward`` at every call.
+    """
 
     @staticmethod
-    def forward(*args):
-        return torch.ops.vmamba.selective_scan_forward(*args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
+    def forward(ctx, *args):
+        output = torch.ops.vmamba.selective_scan_forward(*args)
         ctx.mark_non_differentiable(output[1])
-        _setup_context(ctx, inputs, output)
+        _setup_context(ctx, args, output)
+        return output
 
     @staticmethod
     @once_differentiable
