@@ -15,6 +15,7 @@
 #include "cpu/scan_cpu.h"
 #include "scan.h"
 #ifdef VMAMBA_WITH_CUDA
+#include "cuda/depthwise_conv.h"
 #include "cuda/layer_norm.h"
 #include "cuda/scan_cuda.h"
 #endif
@@ -35,7 +36,7 @@ Scalar scalar_of(ScalarType type) {
         case ScalarType::Half:
             return Scalar::f16;
         default:
-            STD_TORCH_CHECK(false, "selective_scan takes float32, bfloat16 and float16");
+            STD_TORCH_CHECK(false, "the kernels take float32, bfloat16 and float16");
     }
 }
 
@@ -314,6 +315,122 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad, Tensor given
                               static_cast<float*>(dbias.mutable_data_ptr()), workspace.mutable_data_ptr(), device);
     return {dx, dweight, dbias};
 }
+
+// A convolution's arguments, checked, and what describes them. Tensors that had to be made contiguous live in here.
+class ConvArguments {
+  public:
+    ConvArguments(const Tensor& given, const Tensor& given_weight, const OptionalTensor& given_bias,
+                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                  const std::vector<int64_t>& dilation, bool replicate, bool residual, bool silu)
+        : x(given.dim() == 4 && given.stride(3) == 1 ? given : torch::stable::contiguous(given)),
+          weight(torch::stable::contiguous(given_weight)) {
+        STD_TORCH_CHECK(x.dim() == 4, "x must be (batch, height, width, channels)");
+        STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 4 && dilation.size() == 2,
+                        "stride and dilation take two numbers, padding four");
+        STD_TORCH_CHECK(stride[0] > 0 && stride[1] > 0 && dilation[0] > 0 && dilation[1] > 0 && padding[0] >= 0 &&
+                            padding[1] >= 0 && padding[2] >= 0 && padding[3] >= 0,
+                        "stride and dilation must be positive, padding not negative");
+        const int64_t dims = weight.dim(), channels = x.size(3);
+        STD_TORCH_CHECK(weight.is_cuda() && (dims == 4 || (dims == 5 && weight.size(0) == 2)) &&
+                            weight.size(dims - 4) == channels && weight.size(dims - 3) == 1,
+                        "weight must be (channels, 1, kernel height, kernel width), or two of these");
+        conv.directions = dims == 5 ? 2 : 1;
+        conv.kernel_height = static_cast<int>(weight.size(dims - 2));
+        conv.kernel_width = static_cast<int>(weight.size(dims - 1));
+        STD_TORCH_CHECK(conv.taps() > 0 && conv.taps() <= cuda::kMostTaps, "kernels of 1 to ", cuda::kMostTaps,
+                        " taps are served");
+        conv.dtype = scalar_of(x.scalar_type());
+        conv.weight_dtype = scalar_of(weight.scalar_type());
+        conv.weight = weight.const_data_ptr();
+        if (given_bias) {
+            bias = torch::stable::contiguous(*given_bias);
+            STD_TORCH_CHECK(bias->is_cuda() && bias->numel() == conv.directions * channels &&
+                                bias->scalar_type() == weight.scalar_type(),
+                            "bias must be one number per channel, of the dtype of weight");
+            conv.bias = bias->const_data_ptr();
+        }
+        conv.x = x.const_data_ptr();
+        conv.image_stride = x.stride(0);
+        conv.row_stride = x.stride(1);
+        conv.column_stride = x.stride(2);
+        conv.batch = x.size(0);
+        conv.height = x.size(1);
+        conv.width = x.size(2);
+        conv.channels = channels;
+        conv.stride_height = static_cast<int>(stride[0]);
+        conv.stride_width = static_cast<int>(stride[1]);
+        conv.dilation_height = static_cast<int>(dilation[0]);
+        conv.dilation_width = static_cast<int>(dilation[1]);
+        conv.top = static_cast<int>(padding[0]);
+        conv.left = static_cast<int>(padding[2]);
+        conv.replicate = replicate;
+        conv.residual = residual;
+        conv.silu = silu;
+        const int64_t free_height = conv.height + padding[0] + padding[1] - dilation[0] * (conv.kernel_height - 1) - 1;
+        const int64_t free_width = conv.width + padding[2] + padding[3] - dilation[1] * (conv.kernel_width - 1) - 1;
+        STD_TORCH_CHECK(conv.height > 0 && conv.width > 0 && channels > 0 && free_height >= 0 && free_width >= 0,
+                        "the kernel is larger than the padded map");
+        conv.out_height = free_height / stride[0] + 1;
+        conv.out_width = free_width / stride[1] + 1;
+        const bool unit = stride[0] == 1 && stride[1] == 1;
+        STD_TORCH_CHECK(!replicate || unit, "replicated borders are served for unit strides");
+        STD_TORCH_CHECK(
+            !residual || (unit && conv.directions == 1 && centred(conv.kernel_height, 0, padding, dilation) &&
+                          centred(conv.kernel_width, 1, padding, dilation)),
+            "a residual convolution must keep the map's size and look the same distance each way");
+        STD_TORCH_CHECK(conv.batch * std::max(conv.height * conv.width, conv.out_height * conv.out_width) < (1LL << 31),
+                        "maps of fewer than 2^31 positions are served");
+    }
+
+    std::vector<int64_t> output_sizes() const {
+        if (conv.directions == 1) return {conv.batch, conv.out_height, conv.out_width, conv.channels};
+        return {conv.batch, conv.directions, conv.out_height, conv.out_width, conv.channels};
+    }
+
+    DepthwiseConv conv;
+    Tensor x, weight;
+    OptionalTensor bias;
+
+  private:
+    static bool centred(int kernel, int axis, const std::vector<int64_t>& padding,
+                        const std::vector<int64_t>& dilation) {
+        return kernel % 2 == 1 && padding[2 * axis] == padding[2 * axis + 1] &&
+               padding[2 * axis] == dilation[axis] * (kernel / 2);
+    }
+};
+
+Tensor depthwise_conv(Tensor x, Tensor weight, OptionalTensor bias, std::vector<int64_t> stride,
+                      std::vector<int64_t> padding, std::vector<int64_t> dilation, bool replicate, bool residual,
+                      bool silu) {
+    const ConvArguments arguments(x, weight, bias, stride, padding, dilation, replicate, residual, silu);
+    Tensor y = new_tensor(x, arguments.output_sizes(), x.scalar_type());
+    cuda::depthwise_conv_forward(arguments.conv, y.mutable_data_ptr(), x.get_device_index());
+    return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv_backward(Tensor grad, Tensor x, Tensor weight, OptionalTensor bias,
+                                                           std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                                           std::vector<int64_t> dilation, bool replicate, bool residual,
+                                                           bool silu) {
+    const ConvArguments arguments(x, weight, bias, stride, padding, dilation, replicate, residual, silu);
+    const DepthwiseConv& conv = arguments.conv;
+    STD_TORCH_CHECK(
+        grad.is_cuda() && grad.scalar_type() == x.scalar_type() && same_sizes(grad, arguments.output_sizes()),
+        "grad must have the shape and dtype of the result");
+    const Tensor dy = grad.stride(grad.dim() - 1) == 1 ? grad : torch::stable::contiguous(grad);
+    const int64_t dims = dy.dim();
+    const cuda::ConvGrad dy_rows{dy.const_data_ptr(), dy.stride(0), dims == 5 ? dy.stride(1) : 0, dy.stride(dims - 3),
+                                 dy.stride(dims - 2)};
+    Tensor dz = new_tensor(x, silu ? arguments.output_sizes() : std::vector<int64_t>{0}, x.scalar_type());
+    Tensor dx = new_tensor(x, sizes_of(x), x.scalar_type());
+    Tensor dweight = gradient_for(weight, weight), dbias = gradient_for(bias, weight);
+    const int device = x.get_device_index();
+    Tensor workspace = new_tensor(x, {cuda::depthwise_conv_backward_workspace(conv, device)}, ScalarType::Byte);
+    cuda::depthwise_conv_backward(conv, dy_rows, dz.mutable_data_ptr(), dx.mutable_data_ptr(),
+                                  dweight.mutable_data_ptr(), bias ? dbias.mutable_data_ptr() : nullptr,
+                                  workspace.mutable_data_ptr(), device);
+    return {dx, dweight, dbias};
+}
 #endif
 
 }  // namespace
@@ -336,5 +453,8 @@ STABLE_TORCH_LIBRARY_IMPL(vmamba, CUDA, m) {
     m.impl("layer_norm", TORCH_BOX(&vmamba::layer_norm));
     m.impl("layer_norm_forward", TORCH_BOX(&vmamba::layer_norm_forward));
     m.impl("layer_norm_backward", TORCH_BOX(&vmamba::layer_norm_backward));
+    m.impl("depthwise_conv", TORCH_BOX(&vmamba::depthwise_conv));
+    m.impl("depthwise_conv_forward", TORCH_BOX(&vmamba::depthwise_conv));
+    m.impl("depthwise_conv_backward", TORCH_BOX(&vmamba::depthwise_conv_backward));
 }
 #endif

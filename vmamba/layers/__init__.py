@@ -1,7 +1,7 @@
 """Parts that two or more model families share. Maps are channels last: (batch, height, width, channels)."""
 
 from vmamba.layers.block import PositionalBlock, PreNormBlock
-from vmamba.layers.conv import Conv2dNHWC, ConvNormAct
+from vmamba.layers.conv import Conv2dNHWC, ConvNormAct, DepthwiseConv2d
 from vmamba.layers.downsample import ConvDownsample, InvertedDownsample, PatchMerging
 from vmamba.layers.init import init_weights
 from vmamba.layers.norm import BranchNorm, LayerNorm, ScanNorm
@@ -16,6 +16,7 @@ __all__ = [
     "ConvDownsample",
     "ConvNormAct",
     "ConvStem",
+    "DepthwiseConv2d",
     "GatedSS2D",
     "InvertedDownsample",
     "LayerNorm",

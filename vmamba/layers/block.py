@@ -6,7 +6,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vmamba.layers.conv import Conv2dNHWC
+from vmamba.layers.conv import DepthwiseConv2d
 from vmamba.layers.norm import BranchNorm
 
 
@@ -69,9 +69,9 @@ class PositionalBlock(PreNormBlock):
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(dim, mixer, mlp, drop_path, **dd)
-        self.cpe1 = Conv2dNHWC(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
-        self.cpe2 = Conv2dNHWC(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
+        self.cpe1 = DepthwiseConv2d(dim, residual=True, **dd)
+        self.cpe2 = DepthwiseConv2d(dim, residual=True, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mix_positions(x + self.cpe1(x))
-        return self.mix_channels(x + self.cpe2(x))
+        x = self.mix_positions(self.cpe1(x))
+        return self.mix_channels(self.cpe2(x))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba.layers.conv import Conv2dNHWC
+from vmamba.layers.conv import Conv2dNHWC, DepthwiseConv2d
 from vmamba.layers.norm import BranchNorm, LayerNorm
 
 
@@ -73,12 +73,13 @@ class InvertedDownsample(nn.Module):
         super().__init__()
         hidden = 4 * out_dim
         self.expand = nn.Conv2d(dim, hidden, kernel_size=1, **dd)
-        self.conv = nn.Conv2d(hidden, hidden, kernel_size=3, stride=2, padding=1, groups=hidden, **dd)
+        self.conv = DepthwiseConv2d(hidden, stride=2, **dd)
         self.project = nn.Conv2d(hidden, out_dim, kernel_size=1, **dd)
         self.norm = nn.BatchNorm2d(out_dim, **dd)
         self.act = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.expand(x.permute(0, 3, 1, 2)))
-        x = self.project(self.act(self.conv(x)))
+        x = self.conv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.project(self.act(x))
         return self.norm(x).permute(0, 2, 3, 1)

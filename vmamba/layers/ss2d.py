@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba.layers.conv import Conv2dNHWC
+from vmamba.layers.conv import DepthwiseConv2d
 from vmamba.layers.norm import ScanNorm
 from vmamba.layers.ssm import SelectiveSSM, dt_rank
 from vmamba.ops import get_route
@@ -40,15 +41,14 @@ class SS2D(nn.Module):
         self.route = route
         inner = int(dim * ssm_ratio)
         self.in_proj = nn.Linear(dim, self.streams * inner, bias=False, **dd)
-        self.conv = Conv2dNHWC(inner, inner, kernel_size=3, padding=1, groups=inner, bias=self.conv_bias, **dd)
-        self.act = nn.SiLU()
+        self.conv = DepthwiseConv2d(inner, bias=self.conv_bias, activation="silu", **dd)
         self.ssm = SelectiveSSM(inner, dt_rank(dim), d_state, directions=4, **dd)
         self.out_norm = ScanNorm(inner, **dd)
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
 
     def scan(self, x: Tensor) -> Tensor:
-        """Convolution, scan and norm: (batch, height, width, inner) to the same shape."""
-        u = self.act(self.conv(x))
+        """Convolution, SiLU, scan and norm: (batch, height, width, inner) to the same shape."""
+        u = self.conv(x)
         height, width = u.shape[1], u.shape[2]
         y = self.ssm(u.flatten(1, 2), get_route(self.route, height, width, u.device))
         return self.out_norm(y.unflatten(1, (height, width)), u.dtype)
@@ -65,4 +65,4 @@ class GatedSS2D(SS2D):
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(self.scan(x) * self.act(z))
+        return self.out_proj(self.scan(x) * F.silu(z))

@@ -17,7 +17,7 @@ from timm.models._efficientnet_blocks import InvertedResidual as TimmInvertedRes
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
-from vmamba.layers import ConvStem, GatedSS2D, PatchMerging, PatchStem
+from vmamba.layers import ConvStem, DepthwiseConv2d, GatedSS2D, PatchMerging, PatchStem
 from vmamba.models import _vmamba_layout
 from vmamba.models._builder import build_model, imagenet_cfg, published_cfgs, published_top1
 from vmamba.models._checkpoint import Names, rename, unwrap
@@ -70,13 +70,13 @@ class ConvBranch(nn.Module):
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
-        self.conv_dw = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd)
+        self.conv_dw = DepthwiseConv2d(dim, **dd)
         self.norm = nn.BatchNorm2d(dim, **dd)
         self.act = nn.GELU()
         self.conv_pw = nn.Conv2d(dim, dim, kernel_size=1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_dw(x.permute(0, 3, 1, 2))
+        x = self.conv_dw(x).permute(0, 3, 1, 2)
         return self.conv_pw(self.act(self.norm(x))).permute(0, 2, 3, 1)
 
 

@@ -31,9 +31,9 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vmamba.layers import (
-    Conv2dNHWC,
     ConvDownsample,
     ConvStem,
+    DepthwiseConv2d,
     LayerNorm,
     PatchMerging,
     PatchStem,
@@ -94,8 +94,7 @@ class ConvScan(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
         self.route = route
-        self.conv = Conv2dNHWC(dim, dim, kernel_size, stride, padding=kernel_size // 2, groups=dim, **dd)
-        self.act = nn.SiLU()
+        self.conv = DepthwiseConv2d(dim, kernel_size, stride, activation="silu", **dd)
         self.ssm = SelectiveSSM(dim, rank, **dd)
 
     def forward(self, x: Tensor, result: Result = "merged") -> tuple[Tensor, tuple[int, int]]:
@@ -104,7 +103,7 @@ class ConvScan(nn.Module):
         Returns:
             The result as :class:`SelectiveSSM` gives it, and the (height, width) that was scanned.
         """
-        u = self.act(self.conv(x))
+        u = self.conv(x)
         size = u.shape[1], u.shape[2]
         return self.ssm(u.flatten(1, 2), get_route(self.route, *size, u.device), result), size
 
@@ -249,7 +248,7 @@ class ConvFFN(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden, **dd)
-        self.conv = Conv2dNHWC(hidden, hidden, kernel_size=3, padding=1, groups=hidden, **dd)
+        self.conv = DepthwiseConv2d(hidden, residual=True, **dd)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim, **dd)
 
@@ -259,8 +258,7 @@ class ConvFFN(nn.Module):
         self.fc2.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        return self.fc2(self.act(x + self.conv(x)))
+        return self.fc2(self.act(self.conv(self.fc1(x))))
 
 
 class PostNormFFNBlock(PreNormBlock):

@@ -20,7 +20,7 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
 
-from vmamba.layers import Conv2dNHWC, ConvNormAct, PreNormBlock, SelectiveSSM, dt_rank, init_weights
+from vmamba.layers import ConvNormAct, DepthwiseConv2d, PreNormBlock, SelectiveSSM, dt_rank, init_weights
 from vmamba.models._builder import build_model, imagenet_cfg, published_cfgs, published_top1
 from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._plain import PlainBackbone, fit_pos_embed, square_map
@@ -89,7 +89,7 @@ class SnakeMixer(nn.Module):
         super().__init__()
         inner = int(dim * ssm_ratio)
         self.in_proj = nn.Linear(dim, 2 * inner, **dd)
-        self.conv = Conv2dNHWC(inner, inner, kernel_size=7, padding=3, groups=inner, **dd)
+        self.conv = DepthwiseConv2d(inner, kernel_size=7, activation="silu", **dd)
         self.act = nn.SiLU()
         self.ssm = SelectiveSSM(inner, dt_rank(dim), d_state, **dd)
         self.direction_B = nn.Parameter(torch.empty(MOVES, d_state, **dd))
@@ -129,7 +129,7 @@ class SnakeMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        y = self.scan(self.act(self.conv(x)))
+        y = self.scan(self.conv(x))
         # The gate acts in the scan's float32: no norm follows that would bring large sums back into float16's range.
         return self.out_proj((y * self.act(z)).to(z.dtype))
 

@@ -13,13 +13,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from vmamba.layers import (
-    Conv2dNHWC,
+    DepthwiseConv2d,
     InvertedDownsample,
     PositionalBlock,
     ResidualConvStem,
@@ -32,7 +31,7 @@ from vmamba.models._builder import build_model, imagenet_cfg, published_cfgs, pu
 from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
 from vmamba.models._vmamba_layout import is_published
-from vmamba.ops import get_route, selective_scan
+from vmamba.ops import depthwise_conv, get_route, selective_scan
 
 __all__ = ["SpatialMamba"]  # timm adds the entry points
 
@@ -67,28 +66,17 @@ class StateFusion(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         kernels = self.alpha.view(1, -1, 1, 1).to(states.dtype) * self.kernels.to(states.dtype)
-        fused = torch.zeros_like(states)
         with _without_autocast(states.device.type):
-            for kernel, dilation in zip(kernels.split(1, dim=1), DILATIONS, strict=True):
-                x = _replicate_border(states, dilation).permute(0, 3, 1, 2)
-                fused = fused + F.conv2d(x, kernel, dilation=dilation, groups=x.shape[1]).permute(0, 2, 3, 1)
-        return fused
+            scales = [
+                depthwise_conv(states, kernel, padding=dilation, dilation=dilation, padding_mode="replicate")
+                for kernel, dilation in zip(kernels.split(1, dim=1), DILATIONS, strict=True)
+            ]
+        return scales[0] + scales[1] + scales[2]
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
     # There is no autocast to leave on the device that computes nothing.
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
-
-
-def _replicate_border(x: Tensor, margin: int) -> Tensor:
-    """A map (batch, height, width, dim), continued on each side by its border.
-
-    What ``F.pad`` calls replicate; that one's gradient is not deterministic on CUDA, and it leaves channels first.
-    """
-    for dim in (1, 2):
-        first, last = x.narrow(dim, 0, 1), x.narrow(dim, x.shape[dim] - 1, 1)
-        x = torch.cat([*[first] * margin, x, *[last] * margin], dim)
-    return x
 
 
 class StructureAwareSSM(SelectiveSSM):
@@ -144,7 +132,7 @@ class SASSM(nn.Module):
         super().__init__()
         inner = int(dim * ssm_ratio)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
-        self.conv = Conv2dNHWC(inner, inner, kernel_size=3, padding=1, groups=inner, **dd)
+        self.conv = DepthwiseConv2d(inner, activation="silu", **dd)
         self.act = nn.SiLU()
         self.ssm = StructureAwareSSM(inner, dt_rank(dim), **dd)
         self.out_norm = ScanNorm(inner, **dd)
@@ -152,7 +140,7 @@ class SASSM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        u = self.act(self.conv(x))
+        u = self.conv(x)
         y = self.out_norm(self.ssm(u), u.dtype)
         return self.out_proj(y * self.act(z))
 

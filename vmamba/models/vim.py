@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, apply_rot_embed, calculate_drop_path_rates, trunc_normal_
-from timm.models import generate_default_cfgs, named_apply, register_model
+from timm.models import generate_default_cfgs, named_apply, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from vmamba.layers import Conv2dNHWC, SelectiveSSM, dt_rank
@@ -26,7 +26,7 @@ from vmamba.layers.stem import to_nhwc
 from vmamba.models._builder import build_model, imagenet_cfg, published_cfgs, published_top1
 from vmamba.models._checkpoint import StateDict, rename, unwrap
 from vmamba.models._plain import PlainBackbone, fit_pos_embed, resize_pos_embed, square_map
-from vmamba.ops import get_route
+from vmamba.ops import depthwise_conv, get_route
 
 __all__ = ["Vim"]  # timm adds the entry points
 
@@ -130,8 +130,11 @@ def rotation(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@register_notrace_module  # how it computes depends on the device
 class BidirectionalConv(nn.Module):
-    """Depthwise causal convolutions of a sequence, one for each direction: (batch, L, dim) to (batch, 2, L, dim).
+    """Depthwise causal convolutions of a sequence, one for each direction, and SiLU.
+
+    Maps (batch, L, dim) to (batch, 2, L, dim).
 
     Forwards, a position sees itself and the ``width`` - 1 before it; backwards, itself and the ones after it. There are
     ``weight`` (2, dim, width), its last column the position itself in both directions, and ``bias`` (2, dim).
@@ -156,24 +159,15 @@ class BidirectionalConv(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        return convolve_both_ways(x, self.weight, self.bias)
-
-
-@torch.fx.wrap  # how it computes depends on the device, so it is not traced into
-def convolve_both_ways(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """:class:`BidirectionalConv` as a function of its parameters.
-
-    Both directions are one convolution, twice as wide and symmetric. Half of its taps are zero, but it reads and writes
-    the sequence channels last as it lies, where two causal ones copy it to cut what they compute beyond its ends.
-    """
-    _, dim, width = weight.shape
-    forwards, backwards = F.pad(weight, (0, width - 1)).unbind()
-    kernel = torch.cat([forwards, backwards.flip(-1)]).unsqueeze(1)
-    # The sequence is a map of one row for cuDNN and of one column for oneDNN, each being far slower the other way.
-    axis, padding = (1, (0, width - 1)) if x.is_cuda else (2, (width - 1, 0))
-    image = torch.cat([x, x], dim=-1).unsqueeze(axis).permute(0, 3, 1, 2)
-    y = F.conv2d(image, kernel.unsqueeze(axis + 1), bias.flatten(), padding=padding, groups=2 * dim)
-    return y.permute(0, 2, 3, 1).squeeze(axis).unflatten(-1, (2, dim)).transpose(1, 2)
+        behind = self.weight.shape[-1] - 1
+        y = depthwise_conv(
+            x.unsqueeze(1),  # a map of one row
+            self.weight[:, :, None, None],
+            self.bias,
+            padding=(0, 0, behind, 0),
+            activation="silu",
+        )
+        return y.squeeze(2)
 
 
 class DirectionalSSM(SelectiveSSM):
@@ -220,8 +214,7 @@ class VimMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        u = self.act(self.conv(x))
-        y = self.ssm(u, get_route("bidirectional", 1, x.shape[1], x.device))
+        y = self.ssm(self.conv(x), get_route("bidirectional", 1, x.shape[1], x.device))
         out = self.out_proj((y * self.act(z)).to(z.dtype))
         return out / 2 if self.average else out
 

@@ -1,5 +1,6 @@
 """The operator every family stands on, and the routes it walks."""
 
+from vmamba.ops.depthwise_conv import depthwise_conv
 from vmamba.ops.drawing import draw_route
 from vmamba.ops.extension import BackendInfo, backend_info
 from vmamba.ops.layer_norm import layer_norm
@@ -22,6 +23,7 @@ __all__ = [
     "ScanCall",
     "backend_info",
     "check_route",
+    "depthwise_conv",
     "draw_route",
     "get_route",
     "grid_table",

@@ -17,3 +17,10 @@ FORWARD_OPS = ("selective_scan", "selective_scan_forward")
 LAYER_NORM = "(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)"
 LAYER_NORM_FORWARD = "(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType out_dtype) -> Tensor"
 LAYER_NORM_BACKWARD = "(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)"
+
+_CONV = (
+    "Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
+    "bool replicate, bool residual, bool silu"
+)
+DEPTHWISE_CONV = f"({_CONV}) -> Tensor"
+DEPTHWISE_CONV_BACKWARD = f"(Tensor grad, {_CONV}) -> (Tensor, Tensor, Tensor)"
