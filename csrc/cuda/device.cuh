@@ -78,6 +78,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+__device__ __forceinline__ float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // log2(1 + e) / e for e in [0, 1]: relative error 2e-7 (Exact) or 9e-6, also where e is tiny.
 template <bool Exact>
 __device__ __forceinline__ float log2_1p_ratio(float e) {
@@ -224,7 +230,7 @@ struct Column {
 };
 
 // Byte offset of a position in the merged result of 16 channels (fused.cuh). The exclusive-or spreads the positions
-// that the four lanes of a channel pair touch together, which lie 16 rows or columns apart, over the banks.
+// that the four lanes of a channel pair touch together, which lie 16 or 8 rows or columns apart, over the banks.
 __device__ __forceinline__ uint32_t merged_offset(uint32_t position) {
     return position * 64 ^ (((position >> 1) * 9 >> 1) & 0x60);
 }

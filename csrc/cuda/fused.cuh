@@ -2,8 +2,9 @@
 // chip.
 //
 // A block owns 16 channels of one image and keeps their merged result, (L, 16) floats, in shared memory; it takes one
-// direction after the other. A warp takes tiles of 64 steps: lane g * 4 + q walks steps 16 q .. 16 q + 15 of channels
-// 2g and 2g + 1 from a zero state. Linearity does the rest: with P_t the product of decays since the lane's first step,
+// direction after the other. A warp takes tiles of 64 or 32 steps: lane g * 4 + q walks a quarter of them, one after
+// the other, for channels 2g and 2g + 1, from a zero state. Linearity does the rest: with P_t the product of decays
+// since the lane's first step,
 //
 //     h_t = (h_t from zero) + P_t h_start        y_t = (y_t from zero) + C_t P_t h_start
 //
@@ -18,9 +19,6 @@
 namespace vmamba::cuda {
 
 constexpr int kFusedChannels = 16;
-constexpr int kLaneSteps = 16;
-constexpr int kTileSteps = 4 * kLaneSteps;
-static_assert(kTileSteps == kFusedTileSteps);
 
 // Two neighbouring 16-bit numbers in a register.
 template <typename T>
@@ -62,10 +60,37 @@ __device__ __forceinline__ void mma_16bit(float (&acc)[4], const uint32_t (&a)[4
     }
 }
 
-// A lane's 16 entries of a 16-bit table, two in a register.
-__device__ __forceinline__ void load_lane_steps(uint32_t (&x)[kLaneSteps / 2], const void* from) {
+// States that one warp hands to another through shared memory, each in one word with the turn they belong to: whoever
+// reads the turn has read the state, without a fence.
+struct Handover {
+    unsigned long long state[2];
+};
+constexpr unsigned long long kNothing = ~0ull;
+
+__device__ __forceinline__ void hand_on(Handover* slot, const float (&states)[2], int turn) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int c = 0; c < 2; ++c) {
+        const unsigned long long bits = __float_as_uint(states[c]);
+        *reinterpret_cast<volatile unsigned long long*>(&slot->state[c]) = bits << 32 | static_cast<unsigned>(turn);
+    }
+}
+
+__device__ __forceinline__ void receive(float (&states)[2], const Handover* slot, int turn) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+        unsigned long long bits;
+        do {
+            bits = *reinterpret_cast<const volatile unsigned long long*>(&slot->state[c]);
+        } while (static_cast<int>(bits) != turn);
+        states[c] = __uint_as_float(static_cast<unsigned>(bits >> 32));
+    }
+}
+
+// A lane's entries of a 16-bit table, two in a register.
+template <int Pairs>
+__device__ __forceinline__ void load_lane_steps(uint32_t (&x)[Pairs], const void* from) {
+#pragma unroll
+    for (int i = 0; i < Pairs / 4; ++i) {
         const uint4 four = __ldg(static_cast<const uint4*>(from) + i);
         x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
     }
@@ -109,8 +134,9 @@ __global__ void prepare_weights_kernel(const __grid_constant__ FusedArgs args) {
 }
 
 template <typename T, int Blocks, bool Small, typename Out>
-__global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2)
+__global__ void __launch_bounds__(32 * fused_most_warps(Small), 1)
     fused_forward_kernel(const __grid_constant__ FusedArgs args) {
+    constexpr int kLaneSteps = fused_lane_steps(Small), kTileSteps = 4 * kLaneSteps;
     const Scan& s = args.scan;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4, q = lane % 4;
     const int64_t tiles = s.channels / kFusedChannels;
@@ -119,10 +145,13 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2)
 
     extern __shared__ __align__(128) char shared_bytes[];
     char* merged = shared_bytes;
-    // Per round parity, warp and channel pair: decay and end state of both channels.
-    float4* ends = reinterpret_cast<float4*>(shared_bytes + fused_merged_bytes(length));
+    // Per parity of the turn, warp and channel pair: the states behind the warp's tile.
+    Handover* handed_on = reinterpret_cast<Handover*>(shared_bytes + fused_merged_bytes(length));
+    for (int i = threadIdx.x; i < 2 * warps * 8; i += blockDim.x)
+        handed_on[i].state[0] = handed_on[i].state[1] = kNothing;
     for (int i = threadIdx.x; i < fused_merged_bytes(length) / 16; i += blockDim.x)
         reinterpret_cast<float4*>(merged)[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    __syncthreads();
 
     const Column<T> u_column(s.u, image, 0, first_channel + 2 * g);
     const int rounds = static_cast<int>(args.prepared.padded) / (kTileSteps * warps);
@@ -136,14 +165,12 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2)
     const auto read_u = [&](const uint32_t (&places)[kLaneSteps / 2]) {
 #pragma unroll
         for (int i = 0; i < kLaneSteps; ++i) {
-            const int place = signed_half(places[i / 2], i % 2);
-            u[i] = 0;
-            if (place >= 0)
-                u[i] = __ldg(reinterpret_cast<const uint32_t*>(offset_by(u_column.data, place, u_column.stride)));
+            const int place = max(signed_half(places[i / 2], i % 2), 0);
+            u[i] = __ldg(reinterpret_cast<const uint32_t*>(offset_by(u_column.data, place, u_column.stride)));
         }
     };
-    // The b-operands of the products: column g is step 16 (g / 2) + 2 j + g % 2 of the tile, so its places are every
-    // other one of lane q = g / 2. Where they are few, they are read a turn ahead, like u.
+    // The b-operands of the products: column g is step 2 j + g % 2 of lane q = g / 2, so its places are every other one
+    // of that lane. Where they are few, they are read a turn ahead, like u.
     constexpr int kProducts = kLaneSteps / 2, kWords = Small ? 1 : 2;
     const auto read_rows = [&](uint32_t (&words)[kProducts][kWords], const uint32_t (&columns)[kProducts],
                                int direction, int block) {
@@ -181,7 +208,7 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2)
                (direction * tiles + first_channel / kFusedChannels) * Blocks * (Small ? 1 : 2) * 32 + lane;
     };
     uint4 weights;  // Small
-    float bias[2], A[2], skip[2], carry[2];
+    float bias[2], A[2], skip[2];
     int flags = 0;
     for (int turn = 0; turn < turns; ++turn) {
         const int direction = turn / rounds, round = turn % rounds;
@@ -196,7 +223,6 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2)
                     s.dt_bias.data ? s.dt_bias.data[direction * s.dt_bias.direction_stride + channel] * kLog2e : 0.f;
                 A[c] = s.A.data[direction * s.A.direction_stride + channel];
                 skip[c] = s.D.data ? s.D.data[direction * s.D.direction_stride + channel] : 0.f;
-                carry[c] = 0.f;
             }
         }
         const int lane_first = first + q * kLaneSteps;
@@ -247,12 +273,13 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const int t = 2 * j + i;
-                    const float2 pair = unpack<T>(u[t]);
+                    const float2 pair = unpack<T>(kWhole || signed_half(places[j], i) >= 0 ? u[t] : 0);
                     const float gain = bc[j][i] * kLn2, C = bc[j][2 + i];
 #pragma unroll
                     for (int c = 0; c < 2; ++c) {
                         const float raw = x[j][2 * c + i], e = exp2_fast(-fabsf(raw));
-                        float step = fmaf(e, log2_1p_ratio<false>(e), fmaxf(raw, 0.f));
+                        // An absolute error of 2^-22, far below what rounding the inputs to 16 bits makes of a step.
+                        float step = fmaxf(raw, 0.f) + log2_fast(1.f + e);
                         if (!kWhole && lane_first + t >= steps) step = 0.f;
                         const float input = c == 0 ? pair.x : pair.y;
                         const float a = exp2_fast(step * A[c]);
@@ -264,8 +291,8 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2)
                 }
             }
         };
-        // Whether every step of the tile is one of the route, so that none needs a look.
-        const bool whole = first + kTileSteps <= steps;
+        // Whether every step of the tile is one of the route and visits a position, so that none needs a look.
+        const bool whole = first + kTileSteps <= steps && !(flags & kSomeNowhere);
         if (whole) {
             walk(std::true_type{});
         } else {
@@ -295,22 +322,23 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2)
             if (q == 0) into_decay[c] = 1.f, into_end[c] = 0.f;
             decay[c] = d, end[c] = e;
         }
-        float4* here = ends + (turn & 1) * warps * 8;
-        if (q == 3) here[warp * 8 + g] = make_float4(decay[0], end[0], decay[1], end[1]);
-        __syncthreads();
-
-        // Chain the warps.
-        float start[2] = {carry[0], carry[1]};
-        for (int w = 0; w < warps; ++w) {
-            if (w == warp) start[0] = carry[0], start[1] = carry[1];
-            const float4 e = here[w * 8 + g];
-            carry[0] = fmaf(e.x, carry[0], e.y);
-            carry[1] = fmaf(e.z, carry[1], e.w);
+        // Chain the warps: each waits for the state that the one before hands on, the first for the last one's of the
+        // round before. Two slots a warp are enough: a warp's next but one turn is once round the whole chain.
+        float start[2] = {0.f, 0.f};
+        if (warp > 0 || round > 0) {
+            const int from = warp > 0 ? warp - 1 : warps - 1, made = warp > 0 ? turn : turn - 1;
+            receive(start, &handed_on[((made & 1) * warps + from) * 8 + g], made);
+        }
+        if (q == 3) {
+            const float behind[2] = {fmaf(decay[0], start[0], end[0]), fmaf(decay[1], start[1], end[1])};
+            hand_on(&handed_on[((turn & 1) * warps + warp) * 8 + g], behind, turn);
         }
 #pragma unroll
         for (int c = 0; c < 2; ++c) start[c] = fmaf(into_decay[c], start[c], into_end[c]);
+        // Results of one direction are complete before the next adds to them.
+        if (round == 0) __syncthreads();
 
-        if (args.checkpoints && lane_first < steps) {
+        if (args.checkpoints && lane_first < steps && lane_first % checkpoint_interval(1) == 0) {
             float* kept =
                 args.checkpoints +
                 ((image * s.directions + direction) * args.checkpoint_count + lane_first / checkpoint_interval(1)) *
@@ -329,7 +357,7 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2)
             }
         };
         if (!(flags & kRevisits)) {
-            if (whole && !(flags & kSomeNowhere)) {
+            if (whole) {
                 add(std::true_type{});
             } else {
                 add(std::false_type{});
@@ -369,7 +397,7 @@ __global__ void __launch_bounds__(32 * kFusedWarps, Small ? 1 : 2)
 template <typename T, int Blocks, bool Small, typename Out>
 void launch_fused(const FusedArgs& args, cudaStream_t stream) {
     const Scan& s = args.scan;
-    const int warps = fused_warps(s.steps);
+    const int warps = fused_warps(s);
     const int64_t operands = s.directions * (s.channels / kFusedChannels) * Blocks * 32;
     launch(prepare_weights_kernel<T, Blocks, Small>, ceil_div(operands, 128), 128, 0, stream, args);
     launch(fused_forward_kernel<T, Blocks, Small, Out>, s.batch * (s.channels / kFusedChannels), warps * 32,

@@ -61,22 +61,33 @@ inline Cut backward_cut(const Scan& scan) {
     return scan.states == 1 ? cut(scan, 192, 1, 132 * 16) : cut(scan, 64, 4, 132 * 16);
 }
 
-// Shared memory of the fused forward (fused.cuh): the merged result of 16 channels, and the warps' end states.
-constexpr int kFusedTileSteps = 64;  // of a warp
-constexpr int kFusedWarps = 8;       // at most
-constexpr int64_t fused_merged_bytes(int64_t length) { return (length + 1) / 2 * 2 * 16 * 4; }
-constexpr int64_t fused_shared_bytes(int64_t length) { return fused_merged_bytes(length) + 2 * kFusedWarps * 8 * 16; }
+// The fused forward (fused.cuh). Where the features are eight or less ("small"), all of them and the next turn's inputs
+// fit in registers, and a lane walks 16 steps; otherwise eight, with more warps instead.
+inline bool fused_small(int64_t rank) { return rank + 2 <= 8; }
+constexpr int fused_lane_steps(bool small) { return small ? 16 : 8; }
+constexpr int fused_most_warps(bool small) { return small ? 8 : 16; }
 
-// Warps of a block: as many as make the fewest rounds over the steps, and no more.
-inline int fused_warps(int64_t steps) {
-    const int64_t tiles = std::max<int64_t>(1, ceil_div(steps, kFusedTileSteps));
-    return static_cast<int>(ceil_div(tiles, ceil_div(tiles, kFusedWarps)));
+// Its shared memory: the merged result of 16 channels, and what the warps hand to each other.
+constexpr int64_t fused_merged_bytes(int64_t length) { return (length + 1) / 2 * 2 * 16 * 4; }
+constexpr int64_t fused_shared_bytes(int64_t length) { return fused_merged_bytes(length) + 2 * 16 * 8 * 16; }
+
+// Warps of a block. Handing states from warp to warp costs time, so only as many as fill a multiprocessor together with
+// the blocks beside it; and no more than make the fewest rounds over the steps.
+inline int fused_warps(const Scan& s) {
+    const bool small = fused_small(s.rank);
+    constexpr int64_t kMultiprocessorBytes = 227 * 1024, kWarpsWanted = 16;
+    const int64_t beside = std::max<int64_t>(1, kMultiprocessorBytes / fused_shared_bytes(s.length));
+    const int64_t most = std::min<int64_t>(fused_most_warps(small), ceil_div(kWarpsWanted, beside));
+    const int64_t tiles = std::max<int64_t>(1, ceil_div(s.steps, 4 * fused_lane_steps(small)));
+    return static_cast<int>(ceil_div(tiles, ceil_div(tiles, most)));
 }
-inline int64_t fused_padded_steps(int64_t steps) { return round_up(steps, fused_warps(steps) * kFusedTileSteps); }
+inline int64_t fused_padded_steps(const Scan& s) {
+    return round_up(s.steps, fused_warps(s) * 4 * fused_lane_steps(fused_small(s.rank)));
+}
 
 // Operand blocks of 16 features that hold the low-rank ones and B and C; 0 where they are eight or less and share a
 // block with their low halves.
-inline int fused_blocks(int64_t rank) { return rank + 2 <= 8 ? 0 : rank + 2 <= 16 ? 1 : rank + 2 <= 32 ? 2 : 4; }
+inline int fused_blocks(int64_t rank) { return fused_small(rank) ? 0 : rank + 2 <= 16 ? 1 : rank + 2 <= 32 ? 2 : 4; }
 
 // Whether the fused forward takes this scan: one state, 16-bit inputs, one table, dt, B and C side by side in one row
 // as models make them, and a map whose result for 16 channels fits in shared memory.

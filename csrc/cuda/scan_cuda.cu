@@ -83,7 +83,7 @@ struct ForwardMemory {
     ForwardMemory(const Scan& scan, const Cut& cut, void* base) {
         Arena arena(base);
         if (use_fused(scan)) {
-            prepared.padded = fused_padded_steps(scan.steps);
+            prepared.padded = fused_padded_steps(scan);
             prepared.places = arena.take<int16_t>(scan.directions * prepared.padded);
             prepared.offsets = arena.take<uint16_t>(scan.directions * prepared.padded);
             prepared.flags = arena.take<int32_t>(scan.directions);
