@@ -6,11 +6,23 @@ from typing import Any, ClassVar
 
 import timm
 from mmengine.model import BaseModule
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 
 from vmamba.errors import UserError, nearest
-from vmamba.mm.checkpoints import accept_published, load_pretrained, pretrained_source
+from vmamba.mm.checkpoints import accept_published, load_pretrained, pretrained_source, registered
 from vmamba.models._hierarchical import HierarchicalBackbone
+
+
+def rising(indices: Sequence[int], count: int) -> list[int]:
+    """Indices of some of ``count`` stages or blocks, as a list.
+
+    Raises:
+        UserError: if there are none, or they do not rise or go beyond.
+    """
+    if not indices or list(indices) != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= count:
+        raise UserError(f"out_indices must rise from 0 to at most {count - 1}, got {tuple(indices)}")
+    return list(indices)
 
 
 class DenseBackbone(BaseModule):
@@ -64,6 +76,7 @@ class DenseBackbone(BaseModule):
         self.model = self._build()
         self.model.set_grad_checkpointing(with_cp)
         self.frozen = self._freeze(frozen_stages)
+        self.activating_norms = [name for name, x in self.model.named_modules() if isinstance(x, BatchNormAct2d)]
         self.register_load_state_dict_pre_hook(accept_published)
 
     def _build(self) -> Any:
@@ -135,8 +148,18 @@ class DenseBackbone(BaseModule):
         return self.model.stages if isinstance(self.model, HierarchicalBackbone) else self.model.blocks
 
     def train(self, mode: bool = True) -> "DenseBackbone":
-        """Training mode for all that learns."""
+        """Training mode for all that learns.
+
+        Raises:
+            UserError: if batch norms were replaced by synchronised ones and lost the activations that timm puts there.
+        """
         super().train(mode)
+        for name in self.activating_norms:
+            if not isinstance(self.model.get_submodule(name), BatchNormAct2d | SyncBatchNormAct):
+                raise UserError(
+                    f"sync_bn replaced the norm '{name}' of '{self.model_name}', which is also its activation: leave "
+                    "sync_bn out, and convert the model with timm.layers.convert_sync_batchnorm"
+                )
         for module in self.frozen:
             module.eval()
         return self
@@ -164,8 +187,3 @@ class DenseBackbone(BaseModule):
     def maps(self, images: Tensor) -> tuple[Tensor, ...]:
         """:meth:`forward`, for images that are known to fit."""
         raise NotImplementedError
-
-
-def registered() -> list[str]:
-    """The names of this package's models."""
-    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("vmamba.")]

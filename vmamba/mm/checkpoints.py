@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 from mmengine.logging import print_log
-from torch import Tensor
+from torch import Tensor, nn
 
+import vmamba.models  # noqa: F401  (registers the models)
 from vmamba.errors import UserError, nearest
-from vmamba.models._checkpoint import CheckpointError, StateDict, check_fit
+from vmamba.models._checkpoint import CheckpointError, StateDict, check_fit, read
+from vmamba.weights import checkpoints, fetch
 
 if TYPE_CHECKING:
     from vmamba.mm.backbone import DenseBackbone
@@ -44,26 +46,53 @@ def pretrained_source(pretrained: Source | None, init_cfg: dict[str, Any] | None
 
 
 def load_pretrained(backbone: "DenseBackbone", source: Source) -> None:
-    """Loads the weights of a classifier into the model of a backbone, and logs what it did in one line.
+    """Loads weights into a backbone, and logs in one line what it did.
+
+    Those of a classifier go into the model; those of a detector or segmentor with the same backbone into all of it.
 
     Raises:
-        CheckpointError: if the weights cannot be read, or are not the model's.
+        CheckpointError: if the weights cannot be read, or are not the backbone's.
         UserError: if ``source`` is neither a file, a URL nor a name.
     """
-    whole = backbone.create_model(pretrained=True, **_timm_arguments(source)).state_dict()
-    own = backbone.model.state_dict()
-    unused = sorted({f"{key.partition('.')[0]}.*" for key in whole if key not in own})
-    backbone.model.load_state_dict({key: value for key, value in whole.items() if key in own}, strict=True)
-    name = backbone.model_name if source is True else source
-    print_log(
-        f"loaded {len(own)}/{len(own)} tensors of {backbone.model_name} from {name}, "
-        f"ignored {', '.join(['head.*', *unused])}",
-        logger="current",
-    )
+    dense = _dense_weights(backbone, source)
+    if dense is None:
+        target: nn.Module = backbone.model
+        weights = backbone.create_model(pretrained=True, **_timm_arguments(source)).state_dict()
+        own = target.state_dict()
+        target.load_state_dict({key: value for key, value in weights.items() if key in own}, strict=True)
+        ignored = ["head", *(key for key in weights if key not in own)]
+    else:
+        target = backbone
+        target.load_state_dict(dense, strict=True)
+        ignored = [key for key in dense if not key.startswith("backbone.")]
+    count = len(target.state_dict())
+    parts = ", ".join(sorted({f"{key.partition('.')[0]}.*" for key in ignored}))
+    name = "its default weights" if source is True else source
+    print_log(f"{backbone.model_name}: loaded {count}/{count} tensors of {name}, ignored {parts}", logger="current")
+
+
+def _dense_weights(backbone: "DenseBackbone", source: Source) -> StateDict | None:
+    """The weights of a detector or segmentor; None if it is a classifier's.
+
+    Args:
+        backbone: The backbone they are for.
+        source: Where they come from.
+    """
+    path = Path(str(source))
+    named = checkpoints().get(str(source))
+    if not path.is_file():
+        if named is None or named.task == "classification":
+            return None
+        path = fetch(named)
+    content = read(path)
+    weights = content.get("state_dict", content) if isinstance(content, dict) else {}
+    dense = [r"model\.", backbone.own_parts, *([re.escape(backbone.model_prefix)] if backbone.model_prefix else [])]
+    is_dense = re.compile(rf"backbone\.({'|'.join(dense)})")
+    return weights if any(is_dense.match(key) for key in weights) else None
 
 
 def _timm_arguments(source: Source) -> dict[str, Any]:
-    """What timm's ``create_model`` is told about where to find weights."""
+    """What timm's ``create_model`` is told about where to find the weights of a classifier."""
     if source is True:
         return {}
     assert isinstance(source, str)
@@ -71,10 +100,15 @@ def _timm_arguments(source: Source) -> dict[str, Any]:
         return {"pretrained_cfg_overlay": {"url": source}}
     if Path(source).is_file():
         return {"pretrained_cfg_overlay": {"file": source}}
-    known = timm.list_pretrained()
-    if source in known or timm.is_model_pretrained(source):
+    known = [name for name in timm.list_pretrained() if name.partition(".")[0] in registered()]
+    if source in known or source in {name.partition(".")[0] for name in known}:
         return {"pretrained_cfg": timm.get_pretrained_cfg(source)}
     raise UserError(f"pretrained='{source}' is neither a file, a URL nor the name of weights{nearest(source, known)}")
+
+
+def registered() -> list[str]:
+    """The names of this package's models."""
+    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("vmamba.")]
 
 
 def accept_published(backbone: "DenseBackbone", state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

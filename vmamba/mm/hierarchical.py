@@ -6,9 +6,8 @@ from typing import Any
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from vmamba.errors import UserError
 from vmamba.layers import LayerNorm
-from vmamba.mm.backbone import DenseBackbone
+from vmamba.mm.backbone import DenseBackbone, rising
 from vmamba.models._hierarchical import HierarchicalBackbone
 
 
@@ -44,9 +43,7 @@ class MambaBackbone(DenseBackbone):
     ) -> None:
         super().__init__(model_name, **kwargs)
         stages = len(self.model.stages)
-        self.out_indices = sorted(set(out_indices))
-        if list(out_indices) != self.out_indices or not 0 <= self.out_indices[0] <= self.out_indices[-1] < stages:
-            raise UserError(f"out_indices must rise from 0 to at most {stages - 1}, got {tuple(out_indices)}")
+        self.out_indices = rising(out_indices, stages)
         self.out_norm = out_norm
         self.channels = [self.model.feature_info[i]["num_chs"] for i in self.out_indices]
         # The classifier's norm has no use here; neither do the stages behind the last map, which learn nothing.

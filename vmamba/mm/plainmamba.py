@@ -6,7 +6,7 @@ from typing import Any
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from vmamba.mm.backbone import DenseBackbone
+from vmamba.mm.backbone import DenseBackbone, rising
 from vmamba.models.plainmamba import PlainMamba
 
 
@@ -27,16 +27,18 @@ class PlainMambaSegBackbone(DenseBackbone):
 
     def __init__(self, model_name: str, out_indices: Sequence[int] = (5, 11, 17, 23), **kwargs: Any) -> None:
         super().__init__(model_name, **kwargs)
-        self.out_indices, last = self.model.take_indices(list(out_indices))
-        dim = self.model.num_features
-        self.channels = [dim] * len(self.out_indices)
-        self.final = len(self.model.blocks) - 1
+        blocks = self.model.blocks
+        self.out_indices = rising(out_indices, len(blocks))
+        self.channels = [self.model.num_features] * len(self.out_indices)
+        self.final = len(blocks) - 1
+        last = self.out_indices[-1]
         if last != self.final:
+            # In the classifier, and of no use here.
             self.model.norm.requires_grad_(False)
-            self.model.blocks[last + 1 :].requires_grad_(False)
+            blocks[last + 1 :].requires_grad_(False)
         for i in self.out_indices:
             if i != self.final:
-                self.add_module(f"norm_layer{i}", nn.LayerNorm(dim, eps=1e-6))
+                self.add_module(f"norm_layer{i}", nn.LayerNorm(self.model.num_features, eps=1e-6))
 
     def maps(self, images: Tensor) -> tuple[Tensor, ...]:
         maps = self.model.forward_intermediates(

@@ -14,7 +14,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
-from vmamba.mm.backbone import DenseBackbone
+from vmamba.mm.backbone import DenseBackbone, rising
 from vmamba.models.vim import Feature, Vim
 
 
@@ -57,7 +57,7 @@ class VimSegBackbone(DenseBackbone):
         super().__init__(model_name, class_token="none", **kwargs)
         if len(out_indices) != 4:
             raise UserError(f"out_indices must be four blocks, got {tuple(out_indices)}")
-        self.out_indices = list(out_indices)
+        self.out_indices = rising(out_indices, len(self.model.blocks))
         self.feature = feature
         # In the published layout, and of no use.
         self.model.norm.requires_grad_(False)
