@@ -28,6 +28,7 @@ def test_the_wheel_holds_the_binary_the_configurations_and_no_sources(distributi
     names = zipfile.ZipFile(wheel).namelist()
     assert "vmamba/_C.so" in names
     assert "vmamba/models/vmamba.py" in names
+    assert "vmamba/weights/manifest.yaml" in names
     bundled = {name for name in names if name.startswith("vmamba/configs/classification/")}
     own = {f"vmamba/{path.relative_to(ROOT)}" for path in (ROOT / "configs" / "classification").glob("*.yaml")}
     assert bundled == own
@@ -64,5 +65,5 @@ def test_the_source_distribution_holds_what_a_build_needs(distributions):
     suffixes = (".cpp", ".h", ".cu", ".cuh")
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes}
     assert sources <= names
-    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "vmamba/weights/manifest.yaml"} <= names
     assert not [name for name in names if name.endswith(".so")]

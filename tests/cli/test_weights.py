@@ -1,9 +1,14 @@
 """`vmamba weights`, through the command."""
 
+import contextlib
+import fcntl
 import os
 import pty
+import select
+import struct
 import subprocess
 import sys
+import termios
 import threading
 from pathlib import Path
 
@@ -117,28 +122,40 @@ def test_mistakes(arguments, message):
     assert message in one_line(vmamba("weights", *arguments))
 
 
-def start_download(stderr=subprocess.PIPE) -> subprocess.Popen:
-    """The command in a process of its own."""
+def start_download() -> tuple[subprocess.Popen, int]:
+    """The command in a process of its own, and the terminal it thinks its errors and bars go to."""
     command = [sys.executable, "-m", "vmamba.cli.main", "weights", "download", NAME]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # rows, columns
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=theirs, text=True)
+    os.close(theirs)
+    return process, ours
+
+
+def read_all(terminal: int) -> str:
+    """What was written to a terminal whose programs have ended."""
+    shown = b""
+    with contextlib.suppress(OSError):
+        while chunk := os.read(terminal, 10_000):
+            shown += chunk
+    return shown.decode()
 
 
 def test_two_processes_and_a_terminal(mirror, cache):  # noqa: F811
-    """Started together, one downloads and the other waits; the one with a terminal shows how far it is."""
+    """One downloads and shows how far it is; the other says that it waits, and finds the file."""
     mirror.files[FILE] = content([0.5] * 1_000_000)
     mirror.go_on = threading.Event()
-    ours, theirs = pty.openpty()
-    first = start_download(stderr=theirs)
-    os.close(theirs)
-    shown = os.read(ours, 10_000).decode()  # the bar
-    second = start_download()
-    assert second.stdout.readline() == f"another process is getting {FILE}; waiting for it\n"
+    started = {process.stdout: (process, terminal) for process, terminal in (start_download(), start_download())}
+    (first_to_speak, *_), _, _ = select.select(list(started), [], [], 120)
+    assert first_to_speak.readline() == f"another process is getting {FILE}; waiting for it\n"
     mirror.go_on.set()
-    out, err = second.communicate(timeout=120)
-    assert first.wait(timeout=120) == second.returncode == 0, err
+    waiting, _ = started.pop(first_to_speak)
+    ((loading, terminal),) = started.values()
+    for process in (waiting, loading):
+        assert process.communicate(timeout=120)[0] == f"{NAME}: {cache / FILE}\n"
+        assert process.returncode == 0
     assert (cache / FILE).read_bytes() == mirror.files[FILE]
     assert len(mirror.requests) == 1
-    assert FILE in shown
-    assert "/3.81M" in shown
-    assert f"{NAME}: {cache / FILE}" in out
+    assert f"{FILE}: " in (shown := read_all(terminal))
+    assert "3.82M/3.82M" in shown
