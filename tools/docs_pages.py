@@ -27,6 +27,8 @@ READMES = {"benchmarks/README.md": "gpu.md", "results/README.md": "results.md"}
 
 
 _LINK = re.compile(r"\[([^\]]+)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)]*)?\)")
+_ANCHOR = re.compile(r'<h\d id="(vmamba[^"]*)"')
+_ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):<code>([^<]+)</code>")
 
 
 def on_pre_build(config: MkDocsConfig) -> None:
@@ -48,6 +50,21 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Called by mkdocs with each page."""
     source = page.file.abs_src_path
     return turn_links(markdown, Path(source)) if source else markdown
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Called by mkdocs with each page's HTML: docstrings' roles, ``:func:`name```, become links where they can."""
+    anchors = [(match.start(), match[1]) for match in _ANCHOR.finditer(html)]
+
+    def link(match: re.Match[str]) -> str:
+        name = match[1].lstrip("~.")
+        last = name.rpartition(".")[2]
+        code = f"<code>{name}</code>"
+        # Several classes may have a method of that name; the nearest is meant.
+        found = [(abs(at - match.start()), anchor) for at, anchor in anchors if anchor.rpartition(".")[2] == last]
+        return f'<a href="#{min(found)[1]}">{code}</a>' if found else code
+
+    return _ROLE.sub(link, html)
 
 
 def turn_links(markdown: str, source: Path) -> str:

@@ -96,6 +96,17 @@ def test_links_of_a_page():
         docs_pages.turn_links("[recipes](../confs)", page)
 
 
+def test_roles_of_docstrings_become_links():
+    html = (
+        '<h3 id="vmamba.a.A.go">go</h3> <p>:meth:<code>go</code> :func:<code>vmamba.b.run</code></p>'
+        '<h3 id="vmamba.b.B.go">go</h3> <p>:class:<code>~torch.Tensor</code></p> <h3 id="vmamba.b.c.run">run</h3>'
+    )
+    linked = docs_pages.on_page_content(html)
+    assert '<p><a href="#vmamba.a.A.go"><code>go</code></a> ' in linked
+    assert ' <a href="#vmamba.b.c.run"><code>vmamba.b.run</code></a></p>' in linked
+    assert "<p><code>torch.Tensor</code></p>" in linked
+
+
 @pytest.mark.parametrize("name", docs_pages.LINKING)
 def test_links_of_files_that_are_no_pages(name):
     text = (ROOT / name).read_text(encoding="utf-8")
