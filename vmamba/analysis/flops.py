@@ -3,6 +3,7 @@
 :func:`count` counts every multiplication and addition of matrix products, convolutions and scans, for any model.
 :func:`published_flops` follows the rule behind a family's published table, which is what papers compare; the rules
 differ between families, and between them and :func:`count`. :func:`fvcore_handlers` lets fvcore count our scan.
+:mod:`.module_costs` has the cost of each part, :mod:`.fvcore_count` fvcore's opinion, :mod:`.cost_table` all models.
 """
 
 import math
@@ -49,7 +50,7 @@ def count(model: nn.Module, input_size: InputSize = 224) -> Cost:
         input_size: Side, (height, width) or (channels, height, width) of the image; three channels unless said.
     """
     with FlopCounterMode(display=False) as counter:
-        _forward(model, input_size)
+        forward_on_meta(model, input_size)
     flops = counter.get_total_flops()
     params = sum(parameter.numel() for parameter in model.parameters())
     return Cost(params=params, macs=flops // 2, flops=flops)
@@ -218,7 +219,7 @@ def published_flops(model: nn.Module, input_size: InputSize = 224) -> int:
         known = ", ".join(cls.__name__ for cls in PUBLISHED_RULES)
         raise ValueError(f"no published rule is known for {type(model).__name__} (known: {known}); use count() instead")
     with counted_by(rule, model) as costs:
-        _forward(model, input_size)
+        forward_on_meta(model, input_size)
     return sum(costs)
 
 
@@ -254,21 +255,30 @@ def fvcore_handlers() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     """
 
     def scan(inputs: list[Any], outputs: list[Any]) -> int:
-        def size(position: int) -> list[int] | None:
-            sizes = getattr(inputs[position].type(), "sizes", lambda: None)()
-            return None if sizes is None else list(sizes)
+        elements, states, rank = traced_scan(inputs)
+        return elements * (9 * states + 1 + rank)
 
-        u, A, dt_weight, route = size(0), size(2), size(6), size(8)
-        assert u is not None
-        assert A is not None
-        assert route is not None
-        elements = u[0] * route[-2] * route[-1] * u[-1]
-        return elements * (9 * A[-1] + 1 + (dt_weight[-1] if dt_weight else 0))
-
-    return {f"vmamba::{op}": scan for op in ("selective_scan", "selective_scan_forward")}
+    return {f"vmamba::{op}": scan for op in SCAN_OPS}
 
 
-def _forward(model: nn.Module, input_size: InputSize) -> None:
+SCAN_OPS = ("selective_scan", "selective_scan_forward")
+
+
+def traced_scan(inputs: list[Any]) -> tuple[int, int, int]:
+    """Elements, states and rank (0 for steps that are not low-rank) of a scan, by its inputs in a traced graph."""
+
+    def size(position: int) -> list[int] | None:
+        sizes = getattr(inputs[position].type(), "sizes", lambda: None)()
+        return None if sizes is None else list(sizes)
+
+    u, A, dt_weight, route = size(0), size(2), size(6), size(8)
+    assert u is not None
+    assert A is not None
+    assert route is not None
+    return u[0] * route[-2] * route[-1] * u[-1], A[-1], dt_weight[-1] if dt_weight else 0
+
+
+def forward_on_meta(model: nn.Module, input_size: InputSize) -> None:
     """One image through the model in eval mode, shapes only."""
     sizes = to_2tuple(input_size)
     channels, height, width = sizes if len(sizes) == 3 else (3, *sizes)

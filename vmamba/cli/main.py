@@ -24,6 +24,7 @@ COMMANDS = {
     "show": ("vmamba.cli.show", "draw a model's routes, receptive field, attention and features"),
     "benchmark": ("vmamba.cli.benchmark", "measure speed and memory of models beside timm's"),
     "weights": ("vmamba.cli.weights", "list, download, verify, convert, import or push published weights"),
+    "flops": ("vmamba.cli.flops", "count what a model costs: parameters, MACs, FLOPs, by module"),
     "models": ("vmamba.cli.models", "list the models: parameters, MACs, top-1, licence"),
 }
 

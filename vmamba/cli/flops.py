@@ -1,0 +1,140 @@
+"""`vmamba flops`."""
+
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vmamba.cli.model_options import positive_integer
+from vmamba.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vmamba.analysis.flops import InputSize
+    from vmamba.analysis.module_costs import Breakdown
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The model, or all of them."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="any model name timm knows")
+    parser.add_argument("--size", type=_size, metavar="N|HxW", help="of the image (default: the model's own)")
+    parser.add_argument("--in-chans", type=positive_integer, default=3, metavar="N", help="channels (default: 3)")
+    parser.add_argument("--depth", type=positive_integer, default=2, metavar="N", help="depth of modules (default: 2)")
+    parser.add_argument(
+        "--no-fvcore", action="store_true", help="do not ask fvcore, which runs the model and takes longer"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="a table of all published models beside the published figures"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("flops"), metavar="STEM", help="with --all: writes STEM.csv and STEM.md"
+    )
+
+
+def run(args: Namespace) -> None:
+    """Count one model and print what came out, or all and write a table."""
+    if args.all:
+        if args.model is not None or args.size is not None:
+            raise UserError("--all counts all published models at the published size; leave model and size out")
+        _write_table(args)
+    elif args.model is None:
+        raise UserError("which model? give a name, or --all")
+    else:
+        _print_model(args)
+
+
+def _print_model(args: Namespace) -> None:
+    import torch
+
+    from vmamba.analysis.module_costs import SCAN_FORMULA, break_down
+    from vmamba.training.model_factory import ModelRequest, create, default_cfg
+
+    height, width = args.size or default_cfg(args.model).input_size[1:]
+    # Models that are built for one size get it; those are square.
+    request = ModelRequest(args.model, img_size=height if height == width else None, kwargs={"in_chans": args.in_chans})
+    with torch.device("meta"):
+        model = create(request)
+    size = (args.in_chans, height, width)
+    costs = break_down(model, size, args.depth)
+    total = costs.modules[0]
+    print(
+        f"{args.model} at {height}x{width}: {total.params / 1e6:.3f} M parameters, {total.macs / 1e9:.4g} GMACs, "
+        f"{total.flops / 1e9:.4g} GFLOPs"
+    )
+    print()
+    print(_modules(costs))
+    print()
+    print("\n".join(f"{name:<24} {flops / 1e9:>10.4f} GFLOPs" for name, flops in costs.operators.items()))
+    print(f"counted: two for a multiply-add of convolutions and matrix products; {SCAN_FORMULA}")
+    if not args.no_fvcore:
+        print(_fvcore(create(request), size, costs.flops))
+    print(_authors(model, size))
+
+
+def _modules(costs: "Breakdown") -> str:
+    total = costs.modules[0]
+    indented = [("  " * cost.depth + (cost.name or "(all)"), cost) for cost in costs.modules]
+    width = max(len(name) for name, _ in indented)
+    lines = [f"{'module':<{width}}  {'params (M)':>10}  {'MACs (G)':>9}  {'share':>6}  class"]
+    lines += [
+        f"{name:<{width}}  {cost.params / 1e6:>10.3f}  {cost.macs / 1e9:>9.4f}  "
+        f"{100 * cost.flops / max(1, total.flops):>5.1f}%  {cost.kind}"
+        for name, cost in indented
+    ]
+    return "\n".join(lines)
+
+
+def _fvcore(model: "nn.Module", size: "InputSize", flops: int) -> str:
+    from vmamba.analysis.fvcore_count import count_by_fvcore
+
+    try:
+        counted = count_by_fvcore(model, size)
+    except UserError as error:
+        return f"fvcore:  not asked ({error})"
+    agreement = (
+        "the same" if counted.flops == flops else f"{(counted.flops - flops) / 1e9:+.4f} G against torch's counter"
+    )
+    others = ", ".join(f"{name} {value / 1e9:.4f}" for name, value in counted.others.items())
+    return (
+        f"fvcore:  {counted.product_macs / 1e9:.4f} GMACs of products, {counted.scan_flops / 1e9:.4f} GFLOPs of scans: "
+        f"{counted.flops / 1e9:.4f} GFLOPs, {agreement}" + (f"; it alone counts {others} G" if others else "")
+    )
+
+
+def _authors(model: "nn.Module", size: "InputSize") -> str:
+    from vmamba.analysis.flops import published_flops, published_rule
+
+    if published_rule(model) is None:
+        return "authors: no published rule is known for this family"
+    return f"authors: {published_flops(model, size) / 1e9:.4f} G by the rule of their published table"
+
+
+def _write_table(args: Namespace) -> None:
+    from tqdm import tqdm
+
+    from vmamba.analysis.benchmark.results import replace_text
+    from vmamba.analysis.cost_table import as_csv, as_markdown, cost_rows, published_models
+
+    bar = tqdm(total=len(published_models()), leave=False, disable=not sys.stderr.isatty(), unit="model")
+    rows = []
+    for row in cost_rows(ask_fvcore=not args.no_fvcore):
+        rows.append(row)
+        bar.update()
+    bar.close()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, text in ((".csv", as_csv(rows)), (".md", as_markdown(rows))):
+        replace_text(args.output.with_name(args.output.name + suffix), text)
+    print(as_markdown(rows), end="")
+    print(f"wrote  {args.output}.csv and .md")
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        sides = [positive_integer(side) for side in text.lower().split("x")]
+        height, width = sides if len(sides) == 2 else (sides[0], sides[0])
+    except ValueError:
+        raise ArgumentTypeError(f"'{text}' is no size such as 224 or 512x2048") from None
+    if len(sides) > 2:
+        raise ArgumentTypeError(f"'{text}' is no size such as 224 or 512x2048")
+    return height, width
