@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.weights.servers import FileServer, Hub
+from vmamba.weights import places
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +20,7 @@ def home(tmp_path, monkeypatch) -> Path:
     for name in ("VMAMBA_CHECKPOINTS", "VMAMBA_WEIGHTS_MIRROR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setattr(places, "_SOURCES", tmp_path / "sources")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "hf" / "hub"))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

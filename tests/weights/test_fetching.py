@@ -50,9 +50,11 @@ def test_from_the_cache(cache):
     assert fetch(NAME) == path
 
 
-def test_from_checkpoints_of_a_checkout():
-    Path("pyproject.toml").touch()
-    path = put(Path.cwd() / "checkpoints", FILE, content(1))
+@pytest.mark.parametrize("checkout", ["work", "sources"])
+def test_from_checkpoints_of_a_checkout(tmp_path, checkout):
+    """The one that the command is run in, or that the package is imported from."""
+    put(tmp_path / checkout, "pyproject.toml", b"")
+    path = put(tmp_path / checkout / "checkpoints", FILE, content(1))
     assert fetch(NAME) == path
 
 
@@ -187,6 +189,7 @@ def test_a_change_at_the_source_is_noticed(mirror, cache):
     message = complaint(NAME)
     assert f"{mirror.url}/{FILE} HAS CHANGED" in message
     assert "when it was first seen on 2" in message
+    assert f"vmamba weights download {NAME} --accept" in message
     assert not (cache / FILE).exists()
     assert fetch(NAME, accept=True) == cache / FILE
 

@@ -11,6 +11,8 @@ MIRROR_VARIABLE = "VMAMBA_WEIGHTS_MIRROR"
 
 CONVERTED_SUFFIX = ".safetensors"
 
+_SOURCES = Path(__file__).resolve().parents[2]  # of a checkout; of an installed package it is nothing of ours
+
 
 def cache() -> Path:
     """Where downloads go unless a folder is named: beside those of timm and torchvision."""
@@ -34,7 +36,7 @@ def destination() -> Path:
 def folders() -> list[Path]:
     """Where files are looked for, in this order: the named folder, or `checkpoints` of a checkout; then the cache."""
     named = named_folder()
-    checkouts = [Path.cwd(), Path(__file__).resolve().parents[2]]
+    checkouts = [Path.cwd(), _SOURCES]
     first = [named] if named else [root / "checkpoints" for root in checkouts if (root / "pyproject.toml").is_file()]
     return list(dict.fromkeys([*first, cache()]))
 

@@ -99,8 +99,7 @@ class _File:
 
 
 def _compare(checkpoint: Checkpoint, file: _File, pin: dict[str, Any] | None) -> None:
-    command = "the same command with" if file.arriving else f"vmamba weights verify {checkpoint.name}"
-    remedy = f"if you trust this one: {command} --accept"
+    remedy = f"if you trust this one: vmamba weights {_command(checkpoint, file)} --accept"
     is_published = file.suffix == checkpoint.suffix
     if is_published and checkpoint.sha256 not in (None, file.sha256):
         raise UserError(
@@ -117,6 +116,13 @@ def _compare(checkpoint: Checkpoint, file: _File, pin: dict[str, Any] | None) ->
             f"{file.source} has {file.size:,} bytes, but the published {checkpoint.name} has {checkpoint.size}: it is "
             f"another file, or its authors have replaced it; {remedy}"
         )
+
+
+def _command(checkpoint: Checkpoint, file: _File) -> str:
+    if not file.arriving:
+        return f"verify {checkpoint.name}"
+    is_remote = file.source.startswith(("http://", "https://"))
+    return f"download {checkpoint.name}" if is_remote else f"import {file.source} --as {checkpoint.name}"
 
 
 def _require_whole(path: Path, suffix: str, source: str) -> None:
