@@ -90,4 +90,10 @@ def _handlers() -> dict[str, Callable[[list[Any], list[Any]], Any]]:
             sizes.update(zip(term, shape, strict=True))
         return math.prod(sizes.values())
 
-    return {**{f"vmamba::{op}": scan for op in SCAN_OPS}, "aten::einsum": einsum}
+    def attention(inputs: list[Any], outputs: list[Any]) -> Any:
+        """Both products, where they are fused into one operator, which fvcore does not know."""
+        (*heads, queries, width), (*_, keys, _), (*_, out_width) = (x.type().sizes() for x in inputs[:3])
+        return Counter(matmul=math.prod(heads) * queries * keys * (width + out_width))
+
+    scans = {f"vmamba::{op}": scan for op in SCAN_OPS}
+    return {**scans, "aten::einsum": einsum, "aten::scaled_dot_product_attention": attention}
