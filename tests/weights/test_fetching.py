@@ -11,7 +11,7 @@ import torch
 
 from tests.weights import published
 from vmamba.errors import UserError
-from vmamba.weights import fetch, find, places
+from vmamba.weights import fetch, fetch_into, find, places
 
 NAME = "vmamba_tiny_s1l8.in1k"
 FILE = f"{NAME}.pth"
@@ -256,9 +256,16 @@ def test_from_the_hub(hub, home):
 
 def test_from_the_hub_into_a_folder(hub, tmp_path):
     hub.files[on_hub(find(HUB_NAME))] = content(1)
-    path = fetch(HUB_NAME, folder=tmp_path / "mine")
-    assert path == tmp_path / "mine" / f"{HUB_NAME}.pth"
-    assert path.read_bytes() == content(1)
+    for _ in range(2):
+        path = fetch_into(tmp_path / "mine", HUB_NAME)
+        assert path == tmp_path / "mine" / f"{HUB_NAME}.pth"
+        assert path.read_bytes() == content(1)
+
+
+def test_from_the_cache_into_a_folder(cache, tmp_path):
+    put(cache, FILE, content(1))
+    assert fetch_into(tmp_path / "mine", NAME) == tmp_path / "mine" / FILE
+    assert (tmp_path / "mine" / FILE).read_bytes() == content(1)
 
 
 def test_not_on_the_hub(hub):

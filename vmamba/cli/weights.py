@@ -89,10 +89,12 @@ def _list(args: Namespace) -> None:
 
 
 def _download(args: Namespace) -> None:
-    from vmamba.weights import fetch, find
+    from vmamba.weights import fetch, fetch_into, find, places
 
+    folder = args.to or places.named_folder()
     for checkpoint in [find(name) for name in args.names]:
-        _logger.info(f"{checkpoint.name}: {fetch(checkpoint, args.to, args.accept)}")
+        path = fetch_into(folder, checkpoint, args.accept) if folder else fetch(checkpoint, accept=args.accept)
+        _logger.info(f"{checkpoint.name}: {path}")
 
 
 def _verify(args: Namespace) -> None:

@@ -8,7 +8,7 @@
 ``timm.create_model("vmamba_tiny_s1l8.in1k", pretrained=True)`` goes the same way. The facts are in ``manifest.yaml``.
 """
 
-from vmamba.weights.fetching import fetch
+from vmamba.weights.fetching import fetch, fetch_into
 from vmamba.weights.manifest import Checkpoint, aliases, checkpoints, find
 
-__all__ = ["Checkpoint", "aliases", "checkpoints", "fetch", "find"]
+__all__ = ["Checkpoint", "aliases", "checkpoints", "fetch", "fetch_into", "find"]

@@ -30,6 +30,8 @@ def receive(checkpoint: Checkpoint, part: Path) -> None:
             files = gdown.download_folder(url, skip_download=True, quiet=True)
             url = f"https://drive.google.com/uc?id={_only_weights(checkpoint, files).id}"
         get(gdown, url, part)
+        if not part.is_file():  # old versions return instead of raising
+            raise FileNotFoundError(f"nothing came from {url}")
     except UserError:
         raise
     except Exception as error:  # of gdown, requests and its parser: their types are no part of an interface

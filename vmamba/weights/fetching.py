@@ -20,7 +20,8 @@ def fetch(name: str | Checkpoint, folder: Path | None = None, accept: bool = Fal
 
     Args:
         name: A name of the manifest, or what it stands for.
-        folder: Where to look first and to download to; default: that of ``VMAMBA_CHECKPOINTS``, or the cache.
+        folder: Where to look first and to download to; default: that of ``VMAMBA_CHECKPOINTS``, or the cache. What is
+            on the Hugging Face hub stays in that hub's cache.
         accept: Take a file that is not what was published or seen before.
 
     Returns:
@@ -38,23 +39,35 @@ def fetch(name: str | Checkpoint, folder: Path | None = None, accept: bool = Fal
     return path or _from_source(checkpoint, folder, accept)
 
 
+def fetch_into(folder: Path, name: str | Checkpoint, accept: bool = False) -> Path:
+    """Like :func:`fetch`, but leaves a copy of the file in ``folder`` if it was found elsewhere."""
+    checkpoint = find(name) if isinstance(name, str) else name
+    path = fetch(checkpoint, folder, accept)
+    target = folder / (checkpoint.name + path.suffix)
+    with _arriving(checkpoint, str(path), target, accept) as part:
+        if part is not None:
+            shutil.copyfile(path, part)
+    return target
+
+
 def _from_mirror(checkpoint: Checkpoint, folder: Path, accept: bool) -> Path | None:
     """The file from the mirror, published or converted; None if there is no mirror, or it does not have it."""
     mirror = places.mirror()
     if mirror is None:
         return None
+    reasons = []
     for name in (checkpoint.file_name, checkpoint.name + places.CONVERTED_SUFFIX):
         try:
             return _download(checkpoint, f"{mirror}/{name}", folder / name, accept)
         except download.Unavailable as error:
-            reason = error
-    _logger.warning(f"not at the mirror: {reason}; trying {checkpoint.page}")
+            reasons.append(error)
+    _logger.warning(f"not at the mirror: {reasons[0]}; trying {checkpoint.page}")
     return None
 
 
 def _from_source(checkpoint: Checkpoint, folder: Path | None, accept: bool) -> Path:
     if checkpoint.host == "hub":
-        return _from_hub(checkpoint, folder, accept)
+        return _from_hub(checkpoint, accept)
     target = (folder or places.destination()) / checkpoint.file_name
     try:
         if checkpoint.host == "web":
@@ -81,8 +94,8 @@ def _arriving(
     return download.arriving(target, lambda part: record.check(checkpoint, part, source, target, accept))
 
 
-def _from_hub(checkpoint: Checkpoint, folder: Path | None, accept: bool) -> Path:
-    """The file from the hub's own cache, where its library downloads it to."""
+def _from_hub(checkpoint: Checkpoint, accept: bool) -> Path:
+    """The file in the hub's own cache, where its library downloads it to."""
     from huggingface_hub import hf_hub_download
 
     assert checkpoint.hub and checkpoint.file
@@ -92,13 +105,7 @@ def _from_hub(checkpoint: Checkpoint, folder: Path | None, accept: bool) -> Path
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot get {checkpoint.name} from {checkpoint.page}: {reason}") from error
     record.check(checkpoint, path, checkpoint.url, accept=accept)
-    if folder is None:
-        return path
-    target = folder / checkpoint.file_name
-    with _arriving(checkpoint, checkpoint.url, target, accept) as part:
-        if part is not None:
-            shutil.copyfile(path, part)
-    return target
+    return path
 
 
 def _without_network(checkpoint: Checkpoint) -> str:
