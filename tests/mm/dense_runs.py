@@ -12,10 +12,11 @@ CONFIGS = ("digits_mask_rcnn", "digits_upernet")
 RECIPE = SceneRecipe(train=16, val=4, size=64, seed=1)
 EPOCH = 4  # iterations, with batches of four
 
-# The demonstrations, shortened: four iterations an epoch, full learning rate after two.
+# The demonstrations, shortened: four iterations an epoch, full learning rate after two, from random weights.
 QUICK = (
     *("train_dataloader.batch_size=4", "val_dataloader.batch_size=2", "test_dataloader.batch_size=2"),
     *("param_scheduler.0.end=2", "default_hooks.logger.interval=1"),
+    *("digits_classifier=None", "model.backbone.pretrained=None"),
 )
 
 

@@ -20,6 +20,7 @@ from tests.mm.dense_runs import CONFIGS, make_data, metrics, quick, scenes_in, t
 from tests.running import ROOT, one_line, vmamba
 from vmamba.errors import UserError
 from vmamba.mm.data_checks import check_data
+from vmamba.mm.demonstration import prepare_classifier, prepare_scenes
 from vmamba.mm.settings import read_settings
 
 LOADERS = ("train_dataloader", "val_dataloader")
@@ -312,9 +313,30 @@ def test_wrapped_data_is_looked_at(own_data):
 def test_data_is_made_where_it_is_missing(tmp_path, capfd):
     options = {"digit_scenes.train": 2, "digit_scenes.val": 1, "digit_scenes.size": 64}
     with scenes_in(tmp_path / "new"):
-        read_settings("digits_upernet", options)
+        prepare_scenes(read_settings("digits_upernet", options))
         assert f"made {tmp_path / 'new'}: scenes of handwritten digits" in capfd.readouterr().out
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / "new").rglob("*")}
-        read_settings("digits_upernet")  # with another recipe: what is there is used
+        prepare_scenes(read_settings("digits_upernet"))  # with another recipe: what is there is used
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "new").rglob("*")}
     assert len(list((tmp_path / "new" / "images").rglob("*.jpg"))) == 3
+
+
+def test_classifier_is_trained_where_it_is_missing(tmp_path, capfd):
+    file = tmp_path / "runs" / "classifier" / "best.pth"
+    settings = read_settings("digits_upernet", {"digits_classifier": str(file)})
+    prepare_classifier(settings, "--epochs", "1", "--warmup-epochs", "0")
+    assert f"no {file} yet: training a classifier of digits" in capfd.readouterr().out
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["classifier"]
+    before = file.stat().st_mtime_ns
+    prepare_classifier(settings)  # it is there
+    assert file.stat().st_mtime_ns == before
+    result = train("digits_upernet", tmp_path / "run", options=(f"model.backbone.pretrained={file}",))
+    assert result.status == 0, result.err
+    assert "loaded 88/88 tensors of" in "".join(log.read_text() for log in (tmp_path / "run").glob("*/*.log"))
+
+
+def test_classifier_that_cannot_be_trained(tmp_path, capfd):
+    settings = read_settings("digits_upernet", {"digits_classifier": str(tmp_path / "classifier" / "best.pth")})
+    with pytest.raises(UserError, match=r"could not be trained \(exit status 2\)"):
+        prepare_classifier(settings, "--epochs", "none")
+    assert not list(tmp_path.iterdir())

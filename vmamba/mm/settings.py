@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from mmengine.config import Config, DictAction
 
-from vmamba.data.scenes import SceneRecipe, make_scenes
 from vmamba.errors import UserError, nearest
 
 KINDS = ("detection", "segmentation")
@@ -29,7 +28,6 @@ def add_config_arguments(parser: ArgumentParser) -> None:
 def read_settings(name: str, options: dict[str, Any] | None = None) -> Config:
     """:func:`load_settings`, and make the configuration's data if it is the package's own and missing."""
     settings = load_settings(name, options)
-    _make_scenes(settings)
     return settings
 
 
@@ -78,15 +76,3 @@ def _find(name: str) -> Path:
             f"{nearest(name, known)}"
         )
     return known[name]
-
-
-def _make_scenes(settings: Config) -> None:
-    """Make the data of a configuration with an entry ``digit_scenes``, a :class:`SceneRecipe`, where it is missing."""
-    recipe = settings.get("digit_scenes")
-    if recipe is None:
-        return
-    folder = Path(settings.data_root)
-    if folder.exists() and any(folder.iterdir()):
-        return  # what is there is looked at before it is used
-    if make_scenes(folder, SceneRecipe(**recipe)) and os.environ.get("RANK", "0") == "0":
-        print(f"made {folder}: scenes of handwritten digits, since there was no data yet (vmamba scenes)", flush=True)

@@ -7,6 +7,7 @@ from mmengine.runner import Runner
 
 from vmamba.errors import UserError
 from vmamba.mm.data_checks import check_data
+from vmamba.mm.demonstration import prepare_scenes
 from vmamba.mm.mistakes import in_one_line
 from vmamba.mm.processes import joined
 from vmamba.mm.settings import add_config_arguments, read_settings
@@ -33,6 +34,7 @@ def run(args: Namespace) -> None:
     if args.show_dir:
         settings.default_hooks.setdefault("visualization", _drawing_hook(settings)).update(draw=True, interval=1)
         settings.visualizer.save_dir = args.show_dir
+    prepare_scenes(settings)
     check_data(settings, "test_dataloader")
     with in_one_line(), joined(settings):
         runner = Runner.from_cfg(settings)

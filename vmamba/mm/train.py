@@ -7,6 +7,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from vmamba.errors import UserError
 from vmamba.mm.data_checks import check_data
+from vmamba.mm.demonstration import prepare_classifier, prepare_scenes
 from vmamba.mm.mistakes import in_one_line
 from vmamba.mm.processes import joined
 from vmamba.mm.settings import add_config_arguments, read_settings
@@ -43,7 +44,10 @@ def run(args: Namespace) -> None:
         settings.load_from, settings.resume = checkpoint, True
     elif args.resume is None:
         _keep_earlier_run(settings.work_dir)
+    prepare_scenes(settings)
     check_data(settings, "train_dataloader", "val_dataloader")
+    if checkpoint is None:
+        prepare_classifier(settings)
     with in_one_line(), joined(settings):
         Runner.from_cfg(settings).train()
 
