@@ -9,6 +9,7 @@ namespace vmamba {
 
 struct LayerNorm {
     const void* x = nullptr;        // (rows, channels), contiguous
+    const void* branch = nullptr;   // added to x first, in y_dtype; or null
     const float* weight = nullptr;  // (channels)
     const float* bias = nullptr;
     int64_t rows = 0;

@@ -269,51 +269,95 @@ std::vector<int64_t> sizes_of(const Tensor& x) {
     return {sizes.begin(), sizes.end()};
 }
 
-Tensor run_layer_norm(const Tensor& given, const Tensor& weight, const Tensor& bias, double eps, ScalarType out_dtype,
-                      Tensor* mean, Tensor* rstd) {
+// What a call of a norm's forward gives; statistics and the sum only where they are asked for.
+struct NormResult {
+    Tensor y, sum, mean, rstd;
+};
+
+NormResult run_layer_norm(const Tensor& given, const OptionalTensor& given_branch, const Tensor& weight,
+                          const Tensor& bias, double eps, ScalarType out_dtype, bool with_statistics) {
     const Tensor x = torch::stable::contiguous(given);
     LayerNorm norm = norm_of(x, weight, eps, out_dtype);
     STD_TORCH_CHECK(bias.is_cuda() && bias.scalar_type() == ScalarType::Float && bias.is_contiguous() &&
                         bias.numel() == norm.channels,
                     "bias must be contiguous float32, one per channel");
     norm.bias = static_cast<const float*>(bias.const_data_ptr());
-    Tensor y = new_tensor(x, sizes_of(x), out_dtype);
-    const auto statistic = [&](Tensor* tensor) -> float* {
-        if (!tensor) return nullptr;
-        *tensor = float_rows(x, norm.rows);
-        return static_cast<float*>(tensor->mutable_data_ptr());
+    NormResult result;
+    result.y = new_tensor(x, sizes_of(x), out_dtype);
+    OptionalTensor branch;
+    if (given_branch) {
+        branch = torch::stable::contiguous(*given_branch);
+        STD_TORCH_CHECK(branch->is_cuda() && branch->scalar_type() == out_dtype && same_sizes(*branch, sizes_of(x)),
+                        "branch must have the shape of x and the dtype of the result");
+        norm.branch = branch->const_data_ptr();
+        result.sum = new_tensor(x, sizes_of(x), x.scalar_type());
+    }
+    const auto statistic = [&](Tensor& tensor) -> float* {
+        if (!with_statistics) return nullptr;
+        tensor = float_rows(x, norm.rows);
+        return static_cast<float*>(tensor.mutable_data_ptr());
     };
-    float* means = statistic(mean);
-    float* rstds = statistic(rstd);
-    cuda::layer_norm_forward(norm, y.mutable_data_ptr(), means, rstds, x.get_device_index());
-    return y;
+    float* means = statistic(result.mean);
+    float* rstds = statistic(result.rstd);
+    cuda::layer_norm_forward(norm, result.y.mutable_data_ptr(), branch ? result.sum.mutable_data_ptr() : nullptr, means,
+                             rstds, x.get_device_index());
+    return result;
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight, Tensor bias, double eps, ScalarType out_dtype) {
-    Tensor mean, rstd;
-    Tensor y = run_layer_norm(x, weight, bias, eps, out_dtype, &mean, &rstd);
-    return {y, mean, rstd};
+    const NormResult result = run_layer_norm(x, std::nullopt, weight, bias, eps, out_dtype, true);
+    return {result.y, result.mean, result.rstd};
 }
 
 Tensor layer_norm_forward(Tensor x, Tensor weight, Tensor bias, double eps, ScalarType out_dtype) {
-    return run_layer_norm(x, weight, bias, eps, out_dtype, nullptr, nullptr);
+    return run_layer_norm(x, std::nullopt, weight, bias, eps, out_dtype, false).y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad, Tensor given, Tensor weight, Tensor mean,
-                                                       Tensor rstd) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(Tensor x, Tensor branch, Tensor weight, Tensor bias,
+                                                          double eps, ScalarType out_dtype) {
+    const NormResult result = run_layer_norm(x, branch, weight, bias, eps, out_dtype, true);
+    return {result.sum, result.y, result.mean, result.rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> run_layer_norm_backward(const Tensor& grad, const OptionalTensor& grad_sum,
+                                                                   const Tensor& given, const Tensor& weight,
+                                                                   const Tensor& mean, const Tensor& rstd) {
     const Tensor x = torch::stable::contiguous(given), dy = torch::stable::contiguous(grad);
     const LayerNorm norm = norm_of(x, weight, 0.0, dy.scalar_type());
     STD_TORCH_CHECK(dy.is_cuda() && dy.numel() == x.numel() && mean.numel() == norm.rows && rstd.numel() == norm.rows,
                     "grad, mean and rstd must be those of x");
     Tensor dx = new_tensor(x, sizes_of(x), x.scalar_type());
+    Tensor dbranch = new_tensor(x, grad_sum ? sizes_of(x) : std::vector<int64_t>{0}, dy.scalar_type());
     Tensor dweight = float_rows(x, norm.channels), dbias = float_rows(x, norm.channels);
+    cuda::LayerNormGradients gradients;
+    OptionalTensor dsum;
+    if (grad_sum) {
+        dsum = torch::stable::contiguous(*grad_sum);
+        STD_TORCH_CHECK(dsum->is_cuda() && dsum->scalar_type() == x.scalar_type() && dsum->numel() == x.numel(),
+                        "grad_sum must have the shape and dtype of the sum");
+        gradients.dsum = dsum->const_data_ptr();
+        gradients.dbranch = dbranch.mutable_data_ptr();
+    }
+    gradients.dy = dy.const_data_ptr();
+    gradients.mean = static_cast<const float*>(mean.const_data_ptr());
+    gradients.rstd = static_cast<const float*>(rstd.const_data_ptr());
+    gradients.dx = dx.mutable_data_ptr();
+    gradients.dweight = static_cast<float*>(dweight.mutable_data_ptr());
+    gradients.dbias = static_cast<float*>(dbias.mutable_data_ptr());
     const int device = x.get_device_index();
     Tensor workspace = new_tensor(x, {cuda::layer_norm_backward_workspace(norm, device)}, ScalarType::Byte);
-    cuda::layer_norm_backward(norm, dy.const_data_ptr(), static_cast<const float*>(mean.const_data_ptr()),
-                              static_cast<const float*>(rstd.const_data_ptr()), dx.mutable_data_ptr(),
-                              static_cast<float*>(dweight.mutable_data_ptr()),
-                              static_cast<float*>(dbias.mutable_data_ptr()), workspace.mutable_data_ptr(), device);
+    cuda::layer_norm_backward(norm, gradients, workspace.mutable_data_ptr(), device);
+    return {dx, dbranch, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd) {
+    const auto [dx, dbranch, dweight, dbias] = run_layer_norm_backward(grad, std::nullopt, x, weight, mean, rstd);
     return {dx, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(Tensor grad_sum, Tensor grad, Tensor sum,
+                                                                   Tensor weight, Tensor mean, Tensor rstd) {
+    return run_layer_norm_backward(grad, grad_sum, sum, weight, mean, rstd);
 }
 
 // A convolution's arguments, checked, and what describes them. Tensors that had to be made contiguous live in here.
@@ -453,6 +497,8 @@ STABLE_TORCH_LIBRARY_IMPL(vmamba, CUDA, m) {
     m.impl("layer_norm", TORCH_BOX(&vmamba::layer_norm));
     m.impl("layer_norm_forward", TORCH_BOX(&vmamba::layer_norm_forward));
     m.impl("layer_norm_backward", TORCH_BOX(&vmamba::layer_norm_backward));
+    m.impl("add_layer_norm", TORCH_BOX(&vmamba::add_layer_norm));
+    m.impl("add_layer_norm_backward", TORCH_BOX(&vmamba::add_layer_norm_backward));
     m.impl("depthwise_conv", TORCH_BOX(&vmamba::depthwise_conv));
     m.impl("depthwise_conv_forward", TORCH_BOX(&vmamba::depthwise_conv));
     m.impl("depthwise_conv_backward", TORCH_BOX(&vmamba::depthwise_conv_backward));

@@ -60,6 +60,16 @@ struct Row {
             }
         }
     }
+    // Adds a row, and rounds the sum as a tensor of type X holds it.
+    template <typename X, typename T>
+    __device__ __forceinline__ void add(const T* row, int lane, int channels) {
+        Row<Packs> other;
+        other.read(row, lane, channels);
+#pragma unroll
+        for (int p = 0; p < Packs; ++p)
+#pragma unroll
+            for (int i = 0; i < kPack; ++i) values[p][i] = to_float(from_float<X>(values[p][i] + other.values[p][i]));
+    }
     template <typename T>
     __device__ __forceinline__ void write(T* row, int lane, int channels) const {
 #pragma unroll
@@ -72,7 +82,8 @@ struct Row {
 
 template <typename X, typename Y, int Packs, int Rows>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
-    forward_kernel(LayerNorm norm, Y* __restrict__ y, float* __restrict__ means, float* __restrict__ rstds) {
+    forward_kernel(LayerNorm norm, Y* __restrict__ y, X* __restrict__ sums, float* __restrict__ means,
+                   float* __restrict__ rstds) {
     const int lane = threadIdx.x % kWarp;
     const int channels = static_cast<int>(norm.channels);
     const int64_t first = (int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp) * Rows;
@@ -81,6 +92,15 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
     for (int r = 0; r < Rows; ++r)
         if (first + r < norm.rows)
             rows[r].read(static_cast<const X*>(norm.x) + (first + r) * norm.channels, lane, channels);
+    if (norm.branch) {
+#pragma unroll
+        for (int r = 0; r < Rows; ++r)
+            if (first + r < norm.rows) {
+                const int64_t at = (first + r) * norm.channels;
+                rows[r].template add<X>(static_cast<const Y*>(norm.branch) + at, lane, channels);
+                rows[r].write(sums + at, lane, channels);
+            }
+    }
     weight.read(norm.weight, lane, channels);
     bias.read(norm.bias, lane, channels);
 #pragma unroll
@@ -119,8 +139,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
 // block adds its warps up in order and writes one row of (2, channels) to `partial`.
 template <typename X, typename Y, int Packs>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
-    backward_kernel(LayerNorm norm, const Y* __restrict__ dy, const float* __restrict__ means,
-                    const float* __restrict__ rstds, X* __restrict__ dx, float* __restrict__ partial) {
+    backward_kernel(LayerNorm norm, LayerNormGradients gradients, float* __restrict__ partial) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int channels = static_cast<int>(norm.channels);
     const int64_t warps = int64_t(gridDim.x) * kWarpsPerBlock;
@@ -134,8 +153,8 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
     for (int64_t row = int64_t(blockIdx.x) * kWarpsPerBlock + warp; row < norm.rows; row += warps) {
         Row<Packs> x, g;
         x.read(static_cast<const X*>(norm.x) + row * norm.channels, lane, channels);
-        g.read(dy + row * norm.channels, lane, channels);
-        const float mean = means[row], rstd = rstds[row];
+        g.read(static_cast<const Y*>(gradients.dy) + row * norm.channels, lane, channels);
+        const float mean = gradients.mean[row], rstd = gradients.rstd[row];
         float sum = 0.0f, along = 0.0f;
 #pragma unroll
         for (int p = 0; p < Packs; ++p)
@@ -155,7 +174,10 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
         for (int p = 0; p < Packs; ++p)
 #pragma unroll
             for (int i = 0; i < kPack; ++i) x.values[p][i] = rstd * (g.values[p][i] - sum - x.values[p][i] * along);
-        x.write(dx + row * norm.channels, lane, channels);
+        if (gradients.dsum)
+            x.template add<float>(static_cast<const X*>(gradients.dsum) + row * norm.channels, lane, channels);
+        x.write(static_cast<X*>(gradients.dx) + row * norm.channels, lane, channels);
+        if (gradients.dbranch) x.write(static_cast<Y*>(gradients.dbranch) + row * norm.channels, lane, channels);
     }
 
     extern __shared__ float shared[];  // (warps, 2, channels)
@@ -228,30 +250,29 @@ void with_types(Scalar x, Scalar y, F f) {
 }
 
 template <typename X, typename Y, int Packs>
-void launch_forward(const LayerNorm& norm, void* y, float* mean, float* rstd, cudaStream_t stream) {
+void launch_forward(const LayerNorm& norm, void* y, void* sum, float* mean, float* rstd, cudaStream_t stream) {
     constexpr int kRows = Packs <= 1 ? 4 : Packs <= 3 ? 2 : 1;  // rows in flight per warp
     const int64_t per_block = int64_t(kWarpsPerBlock) * kRows;
     launch(forward_kernel<X, Y, Packs, kRows>, (norm.rows + per_block - 1) / per_block, kWarp * kWarpsPerBlock, 0,
-           stream, norm, static_cast<Y*>(y), mean, rstd);
+           stream, norm, static_cast<Y*>(y), static_cast<X*>(sum), mean, rstd);
 }
 
 template <typename X, typename Y, int Packs>
-void launch_backward(const LayerNorm& norm, const void* dy, const float* mean, const float* rstd, void* dx,
-                     float* partial, int blocks, cudaStream_t stream) {
+void launch_backward(const LayerNorm& norm, const LayerNormGradients& gradients, float* partial, int blocks,
+                     cudaStream_t stream) {
     launch(backward_kernel<X, Y, Packs>, blocks, kWarp * kWarpsPerBlock,
-           int64_t(kWarpsPerBlock) * 2 * norm.channels * int64_t(sizeof(float)), stream, norm,
-           static_cast<const Y*>(dy), mean, rstd, static_cast<X*>(dx), partial);
+           int64_t(kWarpsPerBlock) * 2 * norm.channels * int64_t(sizeof(float)), stream, norm, gradients, partial);
 }
 
 }  // namespace
 
-void layer_norm_forward(const LayerNorm& norm, void* y, float* mean, float* rstd, int device) {
+void layer_norm_forward(const LayerNorm& norm, void* y, void* sum, float* mean, float* rstd, int device) {
     const torch::stable::accelerator::DeviceGuard guard(device);
     const cudaStream_t stream = current_stream(device);
     with_types(norm.x_dtype, norm.y_dtype, [&](auto x_type, auto y_type) {
         with_packs(norm.channels, [&](auto packs) {
             launch_forward<typename decltype(x_type)::type, typename decltype(y_type)::type, decltype(packs)::value>(
-                norm, y, mean, rstd, stream);
+                norm, y, sum, mean, rstd, stream);
         });
     });
 }
@@ -260,8 +281,7 @@ int64_t layer_norm_backward_workspace(const LayerNorm& norm, int device) {
     return int64_t(backward_blocks(norm, device)) * 2 * norm.channels * int64_t(sizeof(float));
 }
 
-void layer_norm_backward(const LayerNorm& norm, const void* dy, const float* mean, const float* rstd, void* dx,
-                         float* dweight, float* dbias, void* workspace, int device) {
+void layer_norm_backward(const LayerNorm& norm, const LayerNormGradients& gradients, void* workspace, int device) {
     const torch::stable::accelerator::DeviceGuard guard(device);
     const cudaStream_t stream = current_stream(device);
     const int blocks = backward_blocks(norm, device);
@@ -269,12 +289,12 @@ void layer_norm_backward(const LayerNorm& norm, const void* dy, const float* mea
     with_types(norm.x_dtype, norm.y_dtype, [&](auto x_type, auto y_type) {
         with_packs(norm.channels, [&](auto packs) {
             launch_backward<typename decltype(x_type)::type, typename decltype(y_type)::type, decltype(packs)::value>(
-                norm, dy, mean, rstd, dx, partial, blocks, stream);
+                norm, gradients, partial, blocks, stream);
         });
     });
     const int columns = static_cast<int>(2 * norm.channels);
     sum_partials<<<(columns + kWarp - 1) / kWarp, dim3(kWarp, kSumParts), 0, stream>>>(
-        partial, blocks, static_cast<int>(norm.channels), dweight, dbias);
+        partial, blocks, static_cast<int>(norm.channels), gradients.dweight, gradients.dbias);
     check(cudaGetLastError());
 }
 

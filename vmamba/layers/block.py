@@ -35,7 +35,7 @@ class PreNormBlock(nn.Module):
         super().__init__()
         self.norm1 = BranchNorm(dim, **dd)
         self.mixer = mixer
-        self.norm2: nn.Module = nn.Identity() if mlp is None else BranchNorm(dim, **dd)
+        self.norm2: Any = nn.Identity() if mlp is None else BranchNorm(dim, **dd)
         self.mlp = mlp
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -48,7 +48,11 @@ class PreNormBlock(nn.Module):
         return x if self.mlp is None else x + self.drop_path(self.mlp(self.norm2(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mix_channels(self.mix_positions(x))
+        if self.mlp is None:
+            return self.mix_positions(x)
+        # mix_channels(mix_positions(x)), with the first addition and the second norm in one pass.
+        x, normed = self.norm2.after_add(x, self.drop_path(self.mixer(self.norm1(x))))
+        return x + self.drop_path(self.mlp(normed))
 
 
 class PositionalBlock(PreNormBlock):

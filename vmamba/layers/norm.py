@@ -4,7 +4,7 @@ import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from vmamba.ops import layer_norm
+from vmamba.ops import add_layer_norm, layer_norm
 from vmamba.ops.autocast import autocast_dtype
 
 
@@ -28,6 +28,10 @@ class BranchNorm(LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._norm(x, autocast_dtype(x) or x.dtype)
+
+    def after_add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """``x + branch``, and its norm; on a GPU in one pass."""
+        return add_layer_norm(x, branch, self.weight, self.bias, self.eps)
 
 
 @register_notrace_module

@@ -280,9 +280,9 @@ class PostNormFFNBlock(PreNormBlock):
         super().__init__(dim, mixer, mlp, drop_path, device=device, dtype=dtype)
         self.norm2 = LayerNorm(dim, device=device, dtype=dtype)
 
-    def mix_channels(self, x: Tensor) -> Tensor:
-        """The second branch, added to its input."""
+    def forward(self, x: Tensor) -> Tensor:
         assert self.mlp is not None
+        x = self.mix_positions(x)
         return x + self.drop_path(self.norm2(self.mlp(x)))
 
 

@@ -3,7 +3,7 @@
 from vmamba.ops.depthwise_conv import depthwise_conv
 from vmamba.ops.drawing import draw_route
 from vmamba.ops.extension import BackendInfo, backend_info
-from vmamba.ops.layer_norm import layer_norm
+from vmamba.ops.layer_norm import add_layer_norm, layer_norm
 from vmamba.ops.recording import ScanCall, record_scans
 from vmamba.ops.reference import selective_scan_reference
 from vmamba.ops.routes import (
@@ -21,6 +21,7 @@ __all__ = [
     "DECAY_ONLY",
     "BackendInfo",
     "ScanCall",
+    "add_layer_norm",
     "backend_info",
     "check_route",
     "depthwise_conv",

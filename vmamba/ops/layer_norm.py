@@ -2,15 +2,19 @@
 
 PyTorch's CUDA kernel gives every row a block of threads, which rows of 96 to 768 channels cannot fill, and under
 autocast it writes float32 that is then read again only to be cast. The kernel here holds a row in one warp and casts on
-the way out. Elsewhere (CPU, torch.compile, whose own kernel fuses more) PyTorch's is used.
+the way out; it can add a residual branch on the way in. Elsewhere PyTorch's is used: on a CPU, and for inference under
+torch.compile, whose own kernel fuses more. For training it is not: its reductions for the weights' gradients take
+several times as long.
 """
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_function
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vmamba.ops import extension, schema
+from vmamba.ops.autocast import autocast_dtype
 from vmamba.ops.registration import LIBRARY
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,21 +37,53 @@ def layer_norm(
         The normalised, scaled and shifted rows, of the shape of ``x``.
     """
     out_dtype = out_dtype or x.dtype
-    if _has_kernel(x, out_dtype):
+    training = _asks_for_gradients(x, weight, bias)
+    if _has_kernel(x, out_dtype, training):
         weight, bias = weight.float(), bias.float()
-        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
-            return _EagerNorm.apply(x, weight, bias, eps, out_dtype)[0]
+        if training:
+            norm = torch.ops.vmamba.layer_norm if torch.compiler.is_compiling() else _EagerNorm.apply
+            return norm(x, weight, bias, eps, out_dtype)[0]
         return torch.ops.vmamba.layer_norm_forward(x, weight, bias, eps, out_dtype)
     compute = torch.promote_types(x.dtype, torch.float32)
     normed = F.layer_norm(x.to(compute), weight.shape, weight.to(compute), bias.to(compute), eps)
     return normed.to(out_dtype)
 
 
-def _has_kernel(x: Tensor, out_dtype: torch.dtype) -> bool:
+@register_notrace_function
+def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """Adds a residual branch and normalises the sum.
+
+    Args:
+        x: (..., channels), the residual stream.
+        branch: As ``x``, of its dtype or a narrower one.
+        weight: (channels).
+        bias: (channels).
+        eps: Added to the variance.
+
+    Returns:
+        The sum, in the dtype of ``x``, and :func:`layer_norm` of it in the dtype that a linear layer wants: autocast's
+        under autocast, else that of ``x``.
+    """
+    out_dtype = autocast_dtype(x) or x.dtype
+    training = _asks_for_gradients(x, branch, weight, bias)
+    if branch.dtype == out_dtype and _has_kernel(x, out_dtype, training):
+        weight, bias = weight.float(), bias.float()
+        fused = _EagerAddNorm.apply if training and not torch.compiler.is_compiling() else _add_layer_norm
+        total, normed, *_ = fused(x, branch, weight, bias, eps, out_dtype)
+        return total, normed
+    total = x + branch
+    return total, layer_norm(total, weight, bias, eps, out_dtype)
+
+
+def _asks_for_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _has_kernel(x: Tensor, out_dtype: torch.dtype, training: bool) -> bool:
     channels = x.shape[-1]
     return (
         x.is_cuda
-        and not torch.compiler.is_compiling()
+        and (training or not torch.compiler.is_compiling())
         and extension.has_kernel("cuda")
         and channels % 4 == 0
         and channels <= _MOST_CHANNELS
@@ -96,6 +132,52 @@ class _EagerNorm(torch.autograd.Function):
             return _backward(ctx, grad, grad_mean, grad_rstd)
 
 
+def _add_layer_norm(*inputs):
+    return torch.ops.vmamba.add_layer_norm(*inputs)
+
+
+def _fake_add(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return total, *_fake(x, weight, bias, eps, out_dtype)
+
+
+def _fake_add_backward(
+    grad_sum: Tensor, grad: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = _fake_backward(grad, total, weight, mean, rstd)
+    return dx, torch.empty(grad.shape, dtype=grad.dtype, device=grad.device), dweight, dbias
+
+
+def _setup_add_context(ctx, inputs, output):
+    _x, _branch, weight, _bias, _eps, _out_dtype = inputs
+    total, _normed, mean, rstd = output
+    ctx.save_for_backward(total, weight, mean, rstd)
+
+
+def _backward_add(ctx, grad_sum, grad, _grad_mean, _grad_rstd):
+    return *torch.ops.vmamba.add_layer_norm_backward(grad_sum, grad, *ctx.saved_tensors), None, None
+
+
+class _EagerAddNorm(torch.autograd.Function):
+    """As :class:`_EagerNorm`."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.vmamba.add_layer_norm(*inputs)
+        ctx.mark_non_differentiable(output[2], output[3])
+        _setup_add_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_sum, grad, grad_mean, grad_rstd):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _backward_add(ctx, grad_sum, grad, grad_mean, grad_rstd)
+
+
 def _no_second_derivative(ctx, *grads):
     raise NotImplementedError("vmamba's layer_norm is differentiable once; use torch.nn.functional.layer_norm")
 
@@ -108,3 +190,10 @@ torch.library.register_fake("vmamba::layer_norm_forward", lambda *args: _fake(*a
 torch.library.register_fake("vmamba::layer_norm_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autograd("vmamba::layer_norm", _backward, setup_context=_setup_context, lib=LIBRARY)
 torch.library.register_autograd("vmamba::layer_norm_backward", _no_second_derivative, lib=LIBRARY)
+
+LIBRARY.define(f"add_layer_norm{schema.ADD_LAYER_NORM}", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define(f"add_layer_norm_backward{schema.ADD_LAYER_NORM_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.register_fake("vmamba::add_layer_norm", _fake_add, lib=LIBRARY)
+torch.library.register_fake("vmamba::add_layer_norm_backward", _fake_add_backward, lib=LIBRARY)
+torch.library.register_autograd("vmamba::add_layer_norm", _backward_add, setup_context=_setup_add_context, lib=LIBRARY)
+torch.library.register_autograd("vmamba::add_layer_norm_backward", _no_second_derivative, lib=LIBRARY)

@@ -119,7 +119,7 @@ def _backward(ctx, grad, _grad_checkpoints):
 class _EagerScan(torch.autograd.Function):
     """The differentiable operator without the wrapping of torch.library, which costs more time than a small scan.
 
-    Nor does it have a separate ``setup_context``, for which PyTorch looks up the signature of ``forward`` at every call.
+    Nor does it have a ``setup_context``, for which PyTorch looks up the signature of ``forward`` at every call.
     """
 
     @staticmethod

@@ -17,6 +17,14 @@ FORWARD_OPS = ("selective_scan", "selective_scan_forward")
 LAYER_NORM = "(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)"
 LAYER_NORM_FORWARD = "(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType out_dtype) -> Tensor"
 LAYER_NORM_BACKWARD = "(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)"
+ADD_LAYER_NORM = (
+    "(Tensor x, Tensor branch, Tensor weight, Tensor bias, float eps, ScalarType out_dtype) -> "
+    "(Tensor, Tensor, Tensor, Tensor)"
+)
+ADD_LAYER_NORM_BACKWARD = (
+    "(Tensor grad_sum, Tensor grad, Tensor sum, Tensor weight, Tensor mean, Tensor rstd) -> "
+    "(Tensor, Tensor, Tensor, Tensor)"
+)
 
 _CONV = (
     "Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
