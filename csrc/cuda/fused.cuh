@@ -278,8 +278,7 @@ __global__ void __launch_bounds__(32 * fused_most_warps(Small), 1)
 #pragma unroll
                     for (int c = 0; c < 2; ++c) {
                         const float raw = x[j][2 * c + i], e = exp2_fast(-fabsf(raw));
-                        // An absolute error of 2^-22, far below what rounding the inputs to 16 bits makes of a step.
-                        float step = fmaxf(raw, 0.f) + log2_fast(1.f + e);
+                        float step = log2_1p<false>(e) + fmaxf(raw, 0.f);
                         if (!kWhole && lane_first + t >= steps) step = 0.f;
                         const float input = c == 0 ? pair.x : pair.y;
                         const float a = exp2_fast(step * A[c]);
