@@ -364,6 +364,17 @@ def test_timm_takes_other_weights_if_they_are_named(mirror, kind):
 
 
 @pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+def test_timm_takes_another_repository_if_it_is_named(hub):
+    """By its own way to the hub."""
+    path = published.save(find("msvmamba_nano"), Path("own.pth"))
+    hub.files["me/own/resolve/main/own.pth"] = path.read_bytes()
+    overlay = {"hf_hub_id": "me/own", "hf_hub_filename": "own.pth"}
+    with torch.device("meta"):
+        timm.create_model("msvmamba_nano", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert ("me/own/resolve/main/own.pth", None) in hub.requests
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
 def test_timm_names_a_folder(mirror, tmp_path):
     published.save(find(NAME), Path("file"))
     mirror.files[FILE] = Path("file").read_bytes()

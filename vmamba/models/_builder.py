@@ -163,7 +163,8 @@ def _published(variant: str, pretrained_cfg: Any, overlay: dict[str, Any]) -> Ch
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     if cfg.source or cfg.file or cfg.state_dict:
         return None
-    return next((checkpoint for checkpoint in checkpoints().values() if checkpoint.url == cfg.url), None)
+    named = (checkpoint for checkpoint in checkpoints().values() if checkpoint.url == cfg.url)
+    return next((checkpoint for checkpoint in named if cfg.hf_hub_id in (None, checkpoint.hub)), None)
 
 
 def _adapted_by_timm(model: Any, features_only: bool) -> frozenset[str]:
