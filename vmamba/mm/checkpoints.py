@@ -100,7 +100,8 @@ def _timm_arguments(source: Source) -> dict[str, Any]:
         return {"pretrained_cfg_overlay": {"url": source}}
     if Path(source).is_file():
         return {"pretrained_cfg_overlay": {"file": source}}
-    known = [name for name in timm.list_pretrained() if name.partition(".")[0] in registered()]
+    models = registered()
+    known = [name for name in timm.list_pretrained() if name.partition(".")[0] in models]
     if source in known or source in {name.partition(".")[0] for name in known}:
         return {"pretrained_cfg": timm.get_pretrained_cfg(source)}
     raise UserError(f"pretrained='{source}' is neither a file, a URL nor the name of weights{nearest(source, known)}")
