@@ -422,6 +422,9 @@ class ConvArguments {
             !residual || (unit && conv.directions == 1 && centred(conv.kernel_height, 0, padding, dilation) &&
                           centred(conv.kernel_width, 1, padding, dilation)),
             "a residual convolution must keep the map's size and look the same distance each way");
+        if (conv.width == 1) conv.column_stride = channels;  // any number would do, and torch may have any
+        STD_TORCH_CHECK(conv.column_stride < cuda::kMostColumnStride && channels < cuda::kMostColumnStride,
+                        "columns of fewer than ", cuda::kMostColumnStride, " elements are served");
         STD_TORCH_CHECK(conv.batch * std::max(conv.height * conv.width, conv.out_height * conv.out_width) < (1LL << 31),
                         "maps of fewer than 2^31 positions are served");
     }
@@ -461,8 +464,9 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv_backward(Tensor grad, Tensor x
     STD_TORCH_CHECK(
         grad.is_cuda() && grad.scalar_type() == x.scalar_type() && same_sizes(grad, arguments.output_sizes()),
         "grad must have the shape and dtype of the result");
-    const Tensor dy = grad.stride(grad.dim() - 1) == 1 ? grad : torch::stable::contiguous(grad);
-    const int64_t dims = dy.dim();
+    const int64_t dims = grad.dim();
+    const bool served = grad.stride(dims - 1) == 1 && grad.stride(dims - 2) < cuda::kMostColumnStride;
+    const Tensor dy = served ? grad : torch::stable::contiguous(grad);
     const cuda::ConvGrad dy_rows{dy.const_data_ptr(), dy.stride(0), dims == 5 ? dy.stride(1) : 0, dy.stride(dims - 3),
                                  dy.stride(dims - 2)};
     Tensor dz = new_tensor(x, silu ? arguments.output_sizes() : std::vector<int64_t>{0}, x.scalar_type());

@@ -41,13 +41,38 @@ Filter filter_of(const DepthwiseConv& conv) {
 }
 
 ConvMap map_of_x(const DepthwiseConv& conv) {
-    return {const_cast<void*>(conv.x),     conv.image_stride,           0, conv.row_stride, conv.column_stride,
-            static_cast<int>(conv.height), static_cast<int>(conv.width)};
+    ConvMap map;
+    map.data = const_cast<void*>(conv.x);
+    map.image_stride = conv.image_stride;
+    map.row_stride = conv.row_stride;
+    map.column_stride = static_cast<uint32_t>(conv.column_stride);
+    map.height = static_cast<int>(conv.height);
+    map.width = static_cast<int>(conv.width);
+    return map;
+}
+
+ConvMap map_of_gradient(const DepthwiseConv& conv, const ConvGrad& dy) {
+    ConvMap map;
+    map.data = const_cast<void*>(dy.data);
+    map.image_stride = dy.image_stride;
+    map.direction_stride = dy.direction_stride;
+    map.row_stride = dy.row_stride;
+    map.column_stride = static_cast<uint32_t>(dy.column_stride);
+    map.height = static_cast<int>(conv.out_height);
+    map.width = static_cast<int>(conv.out_width);
+    return map;
 }
 
 ConvMap contiguous_map(void* data, int directions, int64_t height, int64_t width, int64_t channels) {
-    const int64_t row = width * channels, direction = height * row;
-    return {data, directions * direction, direction, row, channels, static_cast<int>(height), static_cast<int>(width)};
+    ConvMap map;
+    map.data = data;
+    map.column_stride = static_cast<uint32_t>(channels);
+    map.row_stride = width * channels;
+    map.direction_stride = height * map.row_stride;
+    map.image_stride = directions * map.direction_stride;
+    map.height = static_cast<int>(height);
+    map.width = static_cast<int>(width);
+    return map;
 }
 
 ConvMap contiguous_result(const DepthwiseConv& conv, void* data) {
@@ -140,13 +165,7 @@ void depthwise_conv_backward(const DepthwiseConv& conv, const ConvGrad& dy, void
     const cudaStream_t stream = current_stream(device);
     ConvBackward task;
     task.x = map_of_x(conv);
-    task.dy = {const_cast<void*>(dy.data),
-               dy.image_stride,
-               dy.direction_stride,
-               dy.row_stride,
-               dy.column_stride,
-               static_cast<int>(conv.out_height),
-               static_cast<int>(conv.out_width)};
+    task.dy = map_of_gradient(conv, dy);
     task.dz = conv.silu ? contiguous_result(conv, dz) : task.dy;
     task.filter = filter_of(conv);
     task.batch = conv.batch;

@@ -43,10 +43,20 @@ struct Pack {
         bits = *reinterpret_cast<const typename RawBits<V * sizeof(T)>::type*>(from);
     }
     __device__ __forceinline__ void to_floats(float (&to)[V]) const {
-        T values[V];
-        memcpy(values, &bits, sizeof(values));
+        if constexpr (std::is_same_v<T, __nv_bfloat16> && V % 2 == 0) {  // the upper half of a float, each
+            uint32_t pairs[V / 2];
+            memcpy(pairs, &bits, sizeof(pairs));
 #pragma unroll
-        for (int v = 0; v < V; ++v) to[v] = to_float(values[v]);
+            for (int v = 0; v < V; v += 2) {
+                to[v] = __uint_as_float(pairs[v / 2] << 16);
+                to[v + 1] = __uint_as_float(pairs[v / 2] & 0xffff0000u);
+            }
+        } else {
+            T values[V];
+            memcpy(values, &bits, sizeof(values));
+#pragma unroll
+            for (int v = 0; v < V; ++v) to[v] = to_float(values[v]);
+        }
     }
 };
 
@@ -85,7 +95,11 @@ __device__ __forceinline__ void clear(float (&sums)[N][V]) {
         for (int v = 0; v < V; ++v) sums[n][v] = 0.0f;
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + exp2_fast(-x * kLog2e)); }
+__device__ __forceinline__ float sigmoid(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + exp2_fast(-x * kLog2e)));
+    return y;
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Places
@@ -103,6 +117,17 @@ __device__ __forceinline__ T* map_at(const ConvMap& map, int64_t image, int dire
 // From the weights of one tap to those of the next, in shared memory: so that staging them, which writes all taps of a
 // channel in a row, finds different banks.
 constexpr int weight_pitch(int block_channels) { return block_channels + 4; }
+
+// A product of 32 bits: one instruction, where one of 64 bits takes several.
+__device__ __forceinline__ const char* column_at(const char* row, uint32_t column_bytes, int column) {
+    return row + static_cast<int64_t>(column) * static_cast<int32_t>(column_bytes);
+}
+
+template <typename T>
+__device__ __forceinline__ T* column_at(T* row, const ConvMap& map, int column) {
+    return const_cast<T*>(reinterpret_cast<const T*>(
+        column_at(reinterpret_cast<const char*>(row), map.column_stride * sizeof(T), column)));
+}
 
 // What a thread works on. Of the grid: tile, direction and chunk; of the block: lane and group.
 template <int V>
@@ -153,38 +178,70 @@ __device__ __forceinline__ void stage_weights(const Filter& filter, int directio
 // Kernels of a known size: strips of R columns
 // ---------------------------------------------------------------------------------------------------------------------
 
-// N neighbouring packs of a row from `first` on; zeros beyond its ends.
+// N packs of a row, from column `first` on, `step` columns apart; zeros beyond its ends.
 template <int N, typename T, int V>
-__device__ __forceinline__ void load_columns(Pack<T, V> (&packs)[N], const T* row, int first, int64_t stride,
-                                             int width) {
-    const T* from = row + first * stride;
+__device__ __forceinline__ void load_columns(Pack<T, V> (&packs)[N], const T* row, const ConvMap& map, int first,
+                                             int step = 1) {
+    const int64_t bytes = static_cast<int64_t>(map.column_stride) * step * int64_t(sizeof(T));
+    const char* from = column_at(reinterpret_cast<const char*>(row), map.column_stride * sizeof(T), first);
 #pragma unroll
-    for (int t = 0; t < N; ++t) {
+    for (int t = 0; t < N; ++t, from += bytes) {
         packs[t] = Pack<T, V>{};
-        if (!outside(first + t, width)) packs[t].load(from + t * stride);
+        if (!outside(first + t * step, map.width)) packs[t].load(reinterpret_cast<const T*>(from));
     }
 }
 
+// The same of a row that goes on beyond its ends as it ended.
+template <int N, typename T, int V>
+__device__ __forceinline__ void load_replicated(Pack<T, V> (&packs)[N], const T* row, const ConvMap& map, int first,
+                                                int step) {
+#pragma unroll
+    for (int t = 0; t < N; ++t) packs[t].load(column_at(row, map, min(max(first + t * step, 0), map.width - 1)));
+}
+
+// With strips of one column, for any dilation and either padding.
 template <int KH, int KW, int S, int R>
 struct Fixed {
+    static constexpr bool kSpread = R == 1;
     static constexpr int kColumns = R;
-    static constexpr int kGathered = 4;                        // columns of a strip of the gradient
-    static constexpr int kReach = (R - 1) * S + KW;            // columns that a strip reads
-    static constexpr int kRowsAtOnce = KH <= 3 ? KH : 1;       // more would not fit the instruction cache
+    static constexpr int kGathered = kSpread ? 1 : 4;     // columns of a strip of the gradient
+    static constexpr int kReach = (R - 1) * S + KW;       // columns that a strip reads
+    static constexpr int kRowsAtOnce = KH <= 3 ? KH : 1;  // more would not fit the instruction cache, or the registers
     // Blocks of a multiprocessor that registers should suffice for.
-    static constexpr int kBlocks = KW <= 4 && S == 1 ? 3 : 2, kBackwardBlocks = 2;
+    static constexpr int kBlocks = KW <= 4 && S == 1 ? 3 : 2, kBackwardBlocks = kSpread ? 3 : 2;
 
-    // The sums of a strip (direction, row, column...) of what the filter makes of a map of one image.
+    // What row i of the taps reads, for a strip that begins at (row, column); whether there is something.
+    template <typename T, int V>
+    static __device__ __forceinline__ bool load(Pack<T, V> (&packs)[kReach], const T* image, const ConvMap& map,
+                                                const Filter& filter, int direction, int row, int column, int i) {
+        int y = row * S - filter.top[direction] + i * (kSpread ? filter.dilation_height : 1);
+        const int left = column * S - filter.left[direction];
+        if constexpr (kSpread) {
+            if (filter.replicate) y = min(max(y, 0), map.height - 1);
+        }
+        if (outside(y, map.height)) return false;
+        const T* line = image + y * map.row_stride;
+        if constexpr (kSpread) {
+            if (filter.replicate) {
+                load_replicated(packs, line, map, left, filter.dilation_width);
+            } else {
+                load_columns(packs, line, map, left, filter.dilation_width);
+            }
+        } else {
+            load_columns(packs, line, map, left);
+        }
+        return true;
+    }
+
+    // The sums of a strip, of what the filter makes of a map of one image.
     template <typename T, int V>
     static __device__ __forceinline__ void convolve(float (&sums)[R][V], const T* image, const ConvMap& map,
                                                     const Filter& filter, int direction, int row, int column,
                                                     const float* weights, int pitch) {
-        const int top = row * S - filter.top[direction], left = column * S - filter.left[direction];
 #pragma unroll kRowsAtOnce
         for (int i = 0; i < KH; ++i) {
-            if (outside(top + i, map.height)) continue;
             Pack<T, V> packs[kReach];
-            load_columns(packs, image + (top + i) * map.row_stride, left, map.column_stride, map.width);
+            if (!load(packs, image, map, filter, direction, row, column, i)) continue;
             float w[KW][V];
 #pragma unroll
             for (int j = 0; j < KW; ++j) load_weights(weights + (i * KW + j) * pitch, w[j]);
@@ -199,66 +256,69 @@ struct Fixed {
         }
     }
 
-    static int parts(const Filter&, int groups) { return groups / KH; }
+    static constexpr int kShares = KH / kRowsAtOnce;  // threads that have the taps of one strip
+    static int parts(const Filter&, int groups) { return groups / kShares; }
 
-    // Sums of products with one row of taps; several rows and several parts of the strips make up a block.
+    // Sums of products with some rows of the taps; several parts of the strips make up a block.
     template <int V>
     struct Gradient {
-        float sums[KW][V], bias[1][V];
-        int tap_row, part, parts;
+        float sums[kRowsAtOnce][KW][V], bias[1][V];
+        int parts, first_row, part;
 
         __device__ Gradient(const Filter&, int group, int groups)
-            : tap_row(group / (groups / KH)), part(group % (groups / KH)), parts(groups / KH) {
-            clear(sums);
+            : parts(groups / kShares), first_row(group / parts * kRowsAtOnce), part(group % parts) {
+#pragma unroll
+            for (int i = 0; i < kRowsAtOnce; ++i) clear(sums[i]);
             clear(bias);
         }
 
         template <typename T>
         __device__ __forceinline__ void add(const T* image, const ConvMap& x, const T* grads, const ConvMap& dz,
                                             const Filter& filter, int direction, int row, int column) {
-            const int y = row * S - filter.top[direction] + tap_row, left = column * S - filter.left[direction];
-            if (tap_row && outside(y, x.height)) return;
             Pack<T, V> grad_packs[R];
-            load_columns(grad_packs, grads + row * dz.row_stride, column, dz.column_stride, dz.width);
+            load_columns(grad_packs, grads + row * dz.row_stride, dz, column);
             float grad[R][V];
 #pragma unroll
             for (int r = 0; r < R; ++r) grad_packs[r].to_floats(grad[r]);
-            if (tap_row == 0) {
+            if (first_row == 0)
 #pragma unroll
                 for (int r = 0; r < R; ++r)
 #pragma unroll
                     for (int v = 0; v < V; ++v) bias[0][v] += grad[r][v];
-                if (outside(y, x.height)) return;
-            }
-            Pack<T, V> packs[kReach];
-            load_columns(packs, image + y * x.row_stride, left, x.column_stride, x.width);
 #pragma unroll
-            for (int t = 0; t < kReach; ++t) {
-                float value[V];
-                packs[t].to_floats(value);
+            for (int i = 0; i < kRowsAtOnce; ++i) {
+                Pack<T, V> packs[kReach];
+                if (!load(packs, image, x, filter, direction, row, column, first_row + i)) continue;
 #pragma unroll
-                for (int r = 0; r < R; ++r)
-                    if (t - r * S >= 0 && t - r * S < KW) add_product(sums[t - r * S], value, grad[r]);
+                for (int t = 0; t < kReach; ++t) {
+                    float value[V];
+                    packs[t].to_floats(value);
+#pragma unroll
+                    for (int r = 0; r < R; ++r)
+                        if (t - r * S >= 0 && t - r * S < KW) add_product(sums[i][t - r * S], value, grad[r]);
+                }
             }
         }
 
-        __device__ bool works(const Filter&) const { return tap_row < KH; }
+        __device__ bool works(const Filter&) const { return first_row < KH; }
 
         // (parts, taps and bias, pitch)
         __device__ void write(const Filter& filter, float* shared, int pitch) const {
             if (!works(filter)) return;
             shared += part * (KH * KW + 1) * pitch;
 #pragma unroll
-            for (int j = 0; j < KW; ++j)
+            for (int i = 0; i < kRowsAtOnce; ++i)
 #pragma unroll
-                for (int v = 0; v < V; ++v) shared[(tap_row * KW + j) * pitch + v] = sums[j][v];
+                for (int j = 0; j < KW; ++j)
+#pragma unroll
+                    for (int v = 0; v < V; ++v) shared[((first_row + i) * KW + j) * pitch + v] = sums[i][j][v];
 #pragma unroll
             for (int v = 0; v < V; ++v)
-                if (tap_row == 0) shared[KH * KW * pitch + v] = bias[0][v];
+                if (first_row == 0) shared[KH * KW * pitch + v] = bias[0][v];
         }
     };
 
-    // For a square kernel padded to keep the grid and a stride of two: the gradient of a strip of kGathered columns.
+    // For a stride of two, a square kernel padded to keep the grid: the gradient of a strip of kGathered columns.
     static bool gathers(const Filter& filter) {
         return S == 2 && KH == KW && filter.directions == 1 && filter.top[0] == KH / 2 && filter.left[0] == KW / 2;
     }
@@ -272,7 +332,7 @@ struct Fixed {
             const int y = (row + kPad - i) / 2;
             if (row + kPad < i || y >= dz.height) continue;
             Pack<T, V> packs[kGrads];
-            load_columns(packs, image + y * dz.row_stride, column / 2 - kBefore, dz.column_stride, dz.width);
+            load_columns(packs, image + y * dz.row_stride, dz, column / 2 - kBefore);
             float w[KW][V];
 #pragma unroll
             for (int j = 0; j < KW; ++j) load_weights(weights + (i * KW + j) * pitch, w[j]);
@@ -315,7 +375,7 @@ struct AnySize {
                 int x = column * filter.stride_width - filter.left[direction] + j * filter.dilation_width;
                 if (!look(x, map.width, filter.replicate)) continue;
                 Pack<T, V> pack;
-                pack.load(line + x * map.column_stride);
+                pack.load(column_at(line, map, x));
                 float value[V], w[V];
                 pack.to_floats(value);
                 load_weights(weights + (i * filter.width + j) * pitch, w);
@@ -343,7 +403,7 @@ struct AnySize {
         __device__ void add(const T* image, const ConvMap& x, const T* grads, const ConvMap& dz, const Filter& filter,
                             int direction, int row, int column) {
             Pack<T, V> pack;
-            pack.load(grads + row * dz.row_stride + column * dz.column_stride);
+            pack.load(column_at(grads + row * dz.row_stride, dz, column));
             float grad[V];
             pack.to_floats(grad);
             if (slot == 0)
@@ -357,7 +417,7 @@ struct AnySize {
                 int y = row * filter.stride_height - filter.top[direction] + i * filter.dilation_height;
                 int column_x = column * filter.stride_width - filter.left[direction] + j * filter.dilation_width;
                 if (!look(y, x.height, filter.replicate) || !look(column_x, x.width, filter.replicate)) continue;
-                pack.load(image + y * x.row_stride + column_x * x.column_stride);
+                pack.load(column_at(image + y * x.row_stride, x, column_x));
                 float value[V];
                 pack.to_floats(value);
                 add_product(sums[m], value, grad);
@@ -385,8 +445,8 @@ struct AnySize {
         int first, last;
         __device__ __forceinline__ Range(int position, int offset, int stride, int size, int out_size, bool replicate) {
             const int start = position - offset;
-            first = last = start / stride;
-            if (start < 0 || start % stride) first = 0, last = -1;
+            first = last = stride == 1 ? start : start / stride;
+            if (start < 0 || first * stride != start) first = 0, last = -1;
             if (replicate) {  // of unit stride: the border is also seen by whatever looks beyond it
                 first = position == 0 ? 0 : start;
                 last = position == size - 1 ? out_size - 1 : start;
@@ -396,7 +456,6 @@ struct AnySize {
         }
     };
 
-    static bool gathers(const Filter&) { return true; }
     template <typename T, int V>
     static __device__ void gather(float (&sums)[1][V], const T* image, const ConvMap& dz, const ConvMap& dx,
                                   const Filter& filter, int direction, int row, int column, const float* weights,
@@ -412,11 +471,40 @@ struct AnySize {
                 for (int y = rows.first; y <= rows.last; ++y)
                     for (int x = columns.first; x <= columns.last; ++x) {
                         Pack<T, V> pack;
-                        pack.load(image + y * dz.row_stride + x * dz.column_stride);
+                        pack.load(column_at(image + y * dz.row_stride, dz, x));
                         float grad[V];
                         pack.to_floats(grad);
                         add_product(sums[0], grad, w);
                     }
+            }
+        }
+    }
+};
+
+// The gradient of a map whose border was replicated, by a kernel of unit strides. Away from the border it is a
+// convolution like any other.
+template <int KH, int KW>
+struct Replicated {
+    static constexpr int kGathered = 1, kBlocks = 3;
+
+    template <typename T, int V>
+    static __device__ __forceinline__ void gather(float (&sums)[1][V], const T* image, const ConvMap& dz,
+                                                  const ConvMap& dx, const Filter& filter, int direction, int row,
+                                                  int column, const float* weights, int pitch) {
+        const bool inner = row > 0 && row < dx.height - 1 && column > 0 && column < dx.width - 1;
+        if (!inner) return AnySize::gather(sums, image, dz, dx, filter, direction, row, column, weights, pitch);
+#pragma unroll
+        for (int i = 0; i < KH; ++i) {
+            const int y = row + filter.top[direction] - i * filter.dilation_height;
+            if (outside(y, dz.height)) continue;
+            Pack<T, V> packs[KW];
+            load_columns(packs, image + y * dz.row_stride, dz, column + filter.left[direction], -filter.dilation_width);
+#pragma unroll
+            for (int j = 0; j < KW; ++j) {
+                float grad[V], w[V];
+                packs[j].to_floats(grad);
+                load_weights(weights + (i * KW + j) * pitch, w);
+                add_product(sums[0], grad, w);
             }
         }
     }
@@ -432,7 +520,7 @@ __device__ __forceinline__ void store_columns(const ConvMap& map, const ConvStri
     T* row = map_at<T>(map, strip.image, direction, channel) + strip.row * map.row_stride;
 #pragma unroll
     for (int r = 0; r < N; ++r)
-        if (strip.column + r < map.width) store_pack(row + (strip.column + r) * map.column_stride, values[r]);
+        if (strip.column + r < map.width) store_pack(column_at(row, map, strip.column + r), values[r]);
 }
 
 template <int V, int N>
@@ -488,7 +576,7 @@ __device__ __forceinline__ void write_dz(const ConvBackward& task, const ConvLay
     add_bias(sums, task.filter, place.direction, place.channel);
     const T* grads = map_at<const T>(task.dy, strip.image, place.direction, place.channel);
     Pack<T, V> packs[N];
-    load_columns(packs, grads + strip.row * task.dy.row_stride, strip.column, task.dy.column_stride, task.dy.width);
+    load_columns(packs, grads + strip.row * task.dy.row_stride, task.dy, strip.column);
 #pragma unroll
     for (int r = 0; r < N; ++r) {
         float grad[V];
@@ -569,16 +657,17 @@ __global__ void __launch_bounds__(ConvLayout::kThreads, Size::kBlocks)
 template <typename F>
 void with_size(const Filter& filter, bool packed, const F& f) {
     using Four = std::integral_constant<int, 4>;
-    const auto is = [&](int height, int width, int stride) {
+    const bool plain = filter.dilation_height == 1 && filter.dilation_width == 1 && !filter.replicate;
+    const auto is = [&](int height, int width, int stride, bool any = false) {
         return filter.height == height && filter.width == width && filter.stride_height == stride &&
-               filter.stride_width == stride && filter.dilation_height == 1 && filter.dilation_width == 1 &&
-               !filter.replicate;
+               filter.stride_width == stride && (plain || any);
     };
     if (!packed) return f(std::integral_constant<int, 1>{}, AnySize{});
     if (is(3, 3, 1)) return f(Four{}, Fixed<3, 3, 1, 7>{});
     if (is(3, 3, 2)) return f(Four{}, Fixed<3, 3, 2, 7>{});
     if (is(7, 7, 1)) return f(Four{}, Fixed<7, 7, 1, 7>{});
     if (is(7, 7, 2)) return f(Four{}, Fixed<7, 7, 2, 7>{});
+    if (is(3, 3, 1, true)) return f(Four{}, Fixed<3, 3, 1, 1>{});
     if (is(1, 4, 1)) return f(Four{}, Fixed<1, 4, 1, 7>{});
     f(Four{}, AnySize{});
 }
@@ -632,6 +721,9 @@ void conv_gather(const ConvGather& task, bool packed, cudaStream_t stream) {
         using Size = decltype(size);
         if constexpr (std::is_same_v<Size, Fixed<3, 3, 2, 7>> || std::is_same_v<Size, Fixed<7, 7, 2, 7>>) {
             if (Size::gathers(task.filter)) return run(pack, size);
+        }
+        if constexpr (std::is_same_v<Size, Fixed<3, 3, 1, 1>>) {
+            if (task.filter.replicate) return run(pack, Replicated<3, 3>{});
         }
         run(pack, AnySize{});
     });

@@ -6,6 +6,7 @@
 namespace vmamba::cuda {
 
 constexpr int kMostTaps = 64;
+constexpr int64_t kMostColumnStride = 1 << 28;  // elements from a column to the next, of any map
 
 // y: (batch, directions, out_height, out_width, channels) in conv.dtype.
 void depthwise_conv_forward(const DepthwiseConv& conv, void* y, int device);

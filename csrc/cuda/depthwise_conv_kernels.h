@@ -14,7 +14,8 @@ namespace vmamba::cuda {
 // Maps of one or two directions; strides count elements, channels are contiguous.
 struct ConvMap {
     void* data = nullptr;
-    int64_t image_stride = 0, direction_stride = 0, row_stride = 0, column_stride = 0;
+    int64_t image_stride = 0, direction_stride = 0, row_stride = 0;
+    uint32_t column_stride = 0;  // less than kMostColumnStride
     int height = 0, width = 0;
 };
 

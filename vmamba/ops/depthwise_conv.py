@@ -223,12 +223,10 @@ class _EagerConv(torch.autograd.Function):
     """The differentiable operator without the wrapping of torch.library, which costs more time than a small map."""
 
     @staticmethod
-    def forward(*args):
-        return torch.ops.vmamba.depthwise_conv_forward(*args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
+    def forward(ctx, *inputs):
+        output = torch.ops.vmamba.depthwise_conv_forward(*inputs)
         _setup_context(ctx, inputs, output)
+        return output
 
     @staticmethod
     @once_differentiable
