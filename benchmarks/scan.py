@@ -230,7 +230,7 @@ def draw_sweep(rows: list[dict], title: str, path: Path) -> None:
             )
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xlabel("positions of the map (a sixteenth of the image's pixels)")
+        axes.set_xlabel("positions of the map")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.legend()

@@ -147,6 +147,32 @@ def test_validate_amp_and_size(data, best):
     assert "test_vmamba at 64x64" in result.out
 
 
+def test_validate_at_many_sizes(best, tmp_path):
+    stem = tmp_path / "new" / "sizes"
+    arguments = ("validate", "--checkpoint", best, "--workers", 0, "--device", "cpu")
+    result = vmamba(*arguments, "--sizes", "48,32", "--output", stem)
+    assert result.status == 0, result.err
+    with open(stem.with_suffix(".csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["size"] for row in rows] == ["32", "48"]
+    assert float(rows[0]["top1"]) == pytest.approx(checkpoint.read(best)["top1"], abs=1e-3)
+    assert rows[1]["images"] == "15"
+    with Image.open(stem.with_suffix(".png")) as drawn:
+        assert min(drawn.size) > 100
+    assert "is not a list of positive whole numbers" in one_line(vmamba(*arguments, "--sizes", "32,"))
+    assert "give one of them" in one_line(vmamba(*arguments, "--sizes", "32", "--img-size", 32))
+
+
+def test_models_of_a_fixed_size_are_fitted(data, tmp_path):
+    """timm's transformers refuse images of other sizes than they were built for."""
+    path = tmp_path / "weights.pth"
+    torch.save({"model": timm.create_model("test_vit", num_classes=3).state_dict()}, path)
+    arguments = ("--model", "test_vit", "--checkpoint", path, "--num-classes", 3, "--data", data, "--workers", 0)
+    result = vmamba("validate", *arguments, "--sizes", "160,96", "--output", tmp_path / "sizes")
+    assert result.status == 0, result.err
+    assert "test_vit at 96x96" in result.out
+
+
 def test_mistakes_in_naming_the_model(best, published, data, tmp_path):
     assert "which model?" in one_line(vmamba("validate"))
     assert "which weights for" in one_line(vmamba("validate", "--model", "test_vmamba"))

@@ -113,8 +113,8 @@ def _authors(model: "nn.Module", size: "InputSize") -> str:
 def _write_table(args: Namespace) -> None:
     from tqdm import tqdm
 
-    from vmamba.analysis.benchmark.results import replace_text
     from vmamba.analysis.cost_table import as_csv, as_markdown, cost_rows, published_models
+    from vmamba.analysis.text_files import replace_text
 
     bar = tqdm(total=len(published_models()), leave=False, disable=not sys.stderr.isatty(), unit="model")
     rows = []
@@ -122,7 +122,6 @@ def _write_table(args: Namespace) -> None:
         rows.append(row)
         bar.update()
     bar.close()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     for suffix, text in ((".csv", as_csv(rows)), (".md", as_markdown(rows))):
         replace_text(args.output.with_name(args.output.name + suffix), text)
     print(as_markdown(rows), end="")

@@ -3,13 +3,13 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from vmamba.analysis.benchmark.jobs import Job
+from vmamba.analysis.text_files import replace_text
 from vmamba.errors import UserError
 
 FORMAT = "vmamba-benchmark-1"
@@ -117,7 +117,6 @@ class Book:
             if differing:
                 raise UserError(f"cannot add to {self.json_path}, measured under other conditions: {differing[0]}")
             self.environment = there
-        stem.parent.mkdir(parents=True, exist_ok=True)
 
     @property
     def json_path(self) -> Path:
@@ -160,20 +159,6 @@ def differences(a: Environment, b: Environment, ignored: Iterable[str] = ("date"
     return [
         f"{key} {a.get(key, 'not stated')} and {b.get(key, 'not stated')}" for key in keys if a.get(key) != b.get(key)
     ]
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all.
-
-    Raises:
-        UserError: It cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def as_markdown(results: list[Result], environment: Environment) -> str:
