@@ -246,6 +246,5 @@ def test_releases_are_all_configured():
             assert cfg.url.endswith(f"/{name}_224.pth")
             assert cfg.license == "mit"
         else:
-            assert not cfg.url
-            assert cfg.origin_url.startswith("https://drive.google.com/")
+            assert cfg.url.startswith("https://drive.google.com/drive/folders/")
             assert cfg.license == "none stated"

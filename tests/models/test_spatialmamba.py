@@ -258,6 +258,5 @@ def test_releases_are_all_configured():
     for name in PUBLISHED_TOP1:
         cfg = timm.get_pretrained_cfg(name)
         assert cfg.tag == "in1k"
-        assert not cfg.url
-        assert cfg.origin_url.startswith("https://drive.google.com/file/d/1")
+        assert cfg.url.startswith("https://drive.google.com/file/d/1")
         assert cfg.license == "apache-2.0"
