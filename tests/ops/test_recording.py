@@ -55,3 +55,11 @@ def test_recording_changes_no_result_and_keeps_no_graph():
     assert torch.equal(plain, recorded)
     assert recorded.requires_grad
     assert not calls[0].u.requires_grad
+
+
+def test_a_compiled_model_stays_whole_while_a_record_is_open():
+    torch._dynamo.reset()
+    compiled = torch.compile(_call, fullgraph=True, backend="eager")
+    with record_scans() as calls:
+        compiled()
+    assert calls == []

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -39,7 +40,8 @@ def record_scans() -> Iterator[list[ScanCall]]:
         with torch.no_grad(), record_scans() as calls:
             model(images)
 
-    Models that were compiled before it opened compile anew. The tensors are those of the model, not copies.
+    A compiled model runs without the calls that could be seen: record the model it was made from. The tensors are those
+    of the model, not copies.
     """
     calls: list[ScanCall] = []
     _RECORDS.append(calls)
@@ -50,8 +52,8 @@ def record_scans() -> Iterator[list[ScanCall]]:
 
 
 def is_recording() -> bool:
-    """Whether anyone listens."""
-    return bool(_RECORDS)
+    """Whether anyone listens; to torch.compile, nobody does."""
+    return not torch.compiler.is_compiling() and len(_RECORDS) > 0
 
 
 def note(*arguments: Tensor | bool | str | None) -> None:
