@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from timm.models._efficientnet_blocks import InvertedResidual as TimmInvertedResidual
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
@@ -115,6 +115,14 @@ class EVSSBlock(nn.Module):
         return x + self.drop_path(self.gate(self.mixer(shared)) + self.gate(self.conv_branch(shared)))
 
 
+@register_notrace_module
+class ChannelsFirstDepthwiseConv(DepthwiseConv2d):
+    """:class:`DepthwiseConv2d` of maps (batch, dim, height, width) that lie channels last in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class InvertedResidual(TimmInvertedResidual):
     """Residual block of the late stages, MobileNet's with squeeze-and-excitation, on (batch, height, width, dim).
 
@@ -134,6 +142,7 @@ class InvertedResidual(TimmInvertedResidual):
         super().__init__(
             dim, dim, exp_ratio=4.0, se_layer=squeeze_excite, drop_path_rate=drop_path, device=device, dtype=dtype
         )
+        self.conv_dw = ChannelsFirstDepthwiseConv(self.conv_dw.in_channels, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
