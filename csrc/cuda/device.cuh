@@ -168,6 +168,30 @@ __device__ __forceinline__ void mma(float (&acc)[4], const float (&a)[4], const 
     mma_tf32(acc, a_high, b_high);
 }
 
+// 16x8 += 16x16 * 16x8 in bfloat16. Lane g * 4 + q holds, as pairs of columns 2q and 2q + 1 of a and of rows of b,
+// a = {row g, row g + 8, row g with columns + 8, row g + 8 with columns + 8} and b = {column g, the same with rows +
+// 8}.
+__device__ __forceinline__ void mma_bf16(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                         uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The same with 8 columns of a and 8 rows of b: a = {row g, row g + 8}, b = column g.
+__device__ __forceinline__ void mma_bf16(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a0), "r"(a1), "r"(b));
+}
+
+// The transpose of an 8x8 matrix of 16-bit numbers, of which lane g * 4 + q holds row g, columns 2q and 2q + 1.
+__device__ __forceinline__ uint32_t transpose(uint32_t x) {
+    uint32_t y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // A page in shared memory
 // ---------------------------------------------------------------------------------------------------------------------
@@ -269,30 +293,34 @@ __device__ inline void stage_positions(const PageStore& page, const Walk& walk, 
 template <typename T, int Group>
 __device__ void stage_rows(const PageStore& page, const Scan& s, int64_t image, int direction, int first_state) {
     constexpr int kLanes = Group == 1 ? 8 : 16;  // threads along a row
-    constexpr int kBatch = 8;                    // rows whose loads are in flight together
+    constexpr int kBatch = Group == 1 ? 8 : 4;   // rows whose loads are in flight together
     const int rank = static_cast<int>(s.rank), features = rank + 2 * Group;
     const int states = min(Group, static_cast<int>(s.states) - first_state);
-    const int rows = blockDim.x / kLanes, first_row = threadIdx.x / kLanes;
-    for (int f = threadIdx.x % kLanes; f < features; f += kLanes) {
-        const bool of_dt = f < rank, of_c = f >= rank + Group;
-        const int state = f - rank - (of_c ? Group : 0);
-        const Rows& source = of_dt ? s.dt : of_c && s.C.data ? s.C : s.B;
-        const bool there = of_dt || (state < states && (!of_c || s.C.data));
-        const Column<T> column(source, image, direction, of_dt ? f : there ? first_state + state : 0);
-        float* to = of_dt ? page.low + f : page.gains + (of_c ? Group : 0) + state;
-        const int to_stride = of_dt ? rank_stride(rank) : 2 * Group;
-        for (int t = first_row; t < kPageSteps; t += rows * kBatch) {
-            T value[kBatch];
-            bool read[kBatch];
+    const int rows = blockDim.x / kLanes;
+    for (int t = threadIdx.x / kLanes; t < kPageSteps; t += rows * kBatch) {
+        int read_at[kBatch], unwritten[kBatch];  // -1: not read, not written
 #pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                const int row = min(t + i * rows, kPageSteps - 1), p = page.row_at[row];
-                read[i] = there && p >= 0 && (!of_c || page.at[row] >= 0);
-                value[i] = column.at(max(p, 0));
-            }
+        for (int i = 0; i < kBatch; ++i) {
+            const int row = min(t + i * rows, kPageSteps - 1);
+            read_at[i] = page.row_at[row];
+            unwritten[i] = page.at[row] >> 31;
+        }
+        for (int f = threadIdx.x % kLanes; f < features; f += kLanes) {
+            const bool of_dt = f < rank, of_c = f >= rank + Group;
+            const int state = f - rank - (of_c ? Group : 0);
+            const Rows& source = of_dt ? s.dt : of_c && s.C.data ? s.C : s.B;
+            const bool there = of_dt || (state < states && (!of_c || s.C.data));
+            const Column<T> column(source, image, direction, of_dt ? f : there ? first_state + state : 0);
+            const int absent = there ? 0 : -1, of_result = of_c ? -1 : 0;
+            T value[kBatch];
 #pragma unroll
             for (int i = 0; i < kBatch; ++i)
-                if (t + i * rows < kPageSteps) to[(t + i * rows) * to_stride] = read[i] ? to_float(value[i]) : 0.f;
+                value[i] = column.at_or_zero(read_at[i] | absent | (unwritten[i] & of_result));
+            const int stride = of_dt ? rank_stride(rank) : 2 * Group;
+            float* to = (of_dt ? page.low + f : page.gains + (of_c ? Group : 0) + state) + t * stride;
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i)
+                if (t + i * rows < kPageSteps) to[i * rows * stride] = to_float(value[i]);
         }
     }
 }

@@ -72,6 +72,8 @@ template <typename T>
 void fused_forward(const FusedArgs& args, bool float_out, cudaStream_t stream);
 template <typename T>
 void backward_pass(const BackwardArgs& args, Pass pass, cudaStream_t stream);
+template <typename T>
+void backward_wide_pass(const BackwardArgs& args, Pass pass, cudaStream_t stream);
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream,

@@ -32,33 +32,38 @@ struct Cut {
     int64_t chunk_steps = kPageSteps;
 };
 
-// Splits D channels into equal tiles of a multiple of 32, none larger than `most`.
-inline int balanced_tile(int64_t channels, int most) {
+// Splits D channels into equal tiles of a multiple of `of`, none larger than `most`.
+inline int balanced_tile(int64_t channels, int most, int of) {
     const int64_t tiles = ceil_div(channels, most);
-    return static_cast<int>(round_up(ceil_div(channels, tiles), 32));
+    return static_cast<int>(round_up(ceil_div(channels, tiles), of));
 }
 
-// Enough chunks to fill a large GPU with about `warps_wanted` warps, if the rows alone do not.
-inline Cut cut(const Scan& scan, int most_channels, int lanes_per_channel, int64_t warps_wanted) {
+// How many warps make a large GPU busy. With `few` or less of them from the rows alone, steps are cut in chunks, so
+// that there are about `wanted`: chunks cost a summary pass, which they have to win back.
+struct Fill {
+    int64_t few, wanted;
+};
+
+inline Cut cut(const Scan& scan, int most_channels, int lanes_per_channel, const Fill& fill) {
     Cut c;
     c.group = scan.states == 1 ? 1 : kWideGroup;
     c.groups = static_cast<int>(ceil_div(std::max<int64_t>(scan.states, 1), c.group));
-    c.tile = balanced_tile(std::max<int64_t>(scan.channels, 1), most_channels);
+    c.tile = balanced_tile(std::max<int64_t>(scan.channels, 1), most_channels, lanes_per_channel == 1 ? 32 : 16);
     c.tiles = static_cast<int>(ceil_div(scan.channels, c.tile));
     const int64_t pages = std::max<int64_t>(1, ceil_div(scan.steps, kPageSteps));
     const int64_t warps =
         std::max<int64_t>(1, scan.batch * scan.directions * c.groups * c.tiles * (c.tile * lanes_per_channel / 32));
-    int64_t chunks = 1;
-    // A summary pass costs about as much as the scan itself: chunks must at least triple the parallelism to pay.
-    if (warps * 3 <= warps_wanted) chunks = std::min(pages, ceil_div(warps_wanted, warps));
+    const int64_t chunks = warps > fill.few ? 1 : std::min(pages, ceil_div(fill.wanted, warps));
     c.chunk_steps = ceil_div(pages, chunks) * kPageSteps;
     c.chunks = ceil_div(pages * kPageSteps, c.chunk_steps);
     return c;
 }
 
-inline Cut forward_cut(const Scan& scan) { return cut(scan, 128, 1, 132 * 20); }
-inline Cut backward_cut(const Scan& scan) {
-    return scan.states == 1 ? cut(scan, 192, 1, 132 * 16) : cut(scan, 64, 4, 132 * 16);
+// A summary pass costs about as much as the scan itself, except before the backward of many states: a fifth there.
+inline Cut forward_cut(const Scan& scan) { return cut(scan, 128, 1, {132 * 20 / 3, 132 * 20}); }
+inline Cut backward_cut(const Scan& scan, int wide_tile) {
+    if (scan.states == 1) return cut(scan, 192, 1, {132 * 16 / 3, 132 * 16});
+    return cut(scan, wide_tile, 4, {132 * 16 / 2, 132 * 16 * 4});
 }
 
 // The fused forward (fused.cuh). Where the features are eight or less ("small"), all of them and the next turn's inputs

@@ -9,6 +9,7 @@
 
 #include <limits>
 
+#include "backward_wide_layout.cuh"
 #include "kernels.h"
 #include "scan_cuda.h"
 
@@ -70,6 +71,12 @@ int64_t shared_memory_limit() {
         return bytes;
     }();
     return limit;
+}
+
+// Channels of a block in the backward of many states, at most.
+int wide_tile(const Scan& scan) {
+    const int64_t bytes = BackwardWideShared<kWideTile>(static_cast<int>(scan.rank)).bytes;
+    return bytes <= shared_memory_limit() ? kWideTile : kSmallWideTile;
 }
 
 bool use_fused(const Scan& scan) { return fused_takes(scan, shared_memory_limit()); }
@@ -135,14 +142,20 @@ void run_forward(const ForwardArgs& args, Pass pass, bool float_out, cudaStream_
     }
 }
 
+template <typename T>
+void run_backward_as(const BackwardArgs& args, Pass pass, cudaStream_t stream) {
+    if (args.scan.states == 1) return backward_pass<T>(args, pass, stream);
+    backward_wide_pass<T>(args, pass, stream);
+}
+
 void run_backward(const BackwardArgs& args, Pass pass, cudaStream_t stream) {
     switch (args.scan.dtype) {
         case Scalar::f32:
-            return backward_pass<float>(args, pass, stream);
+            return run_backward_as<float>(args, pass, stream);
         case Scalar::bf16:
-            return backward_pass<__nv_bfloat16>(args, pass, stream);
+            return run_backward_as<__nv_bfloat16>(args, pass, stream);
         default:
-            return backward_pass<__half>(args, pass, stream);
+            return run_backward_as<__half>(args, pass, stream);
     }
 }
 
@@ -218,14 +231,16 @@ void forward(const Scan& scan, void* out, Scalar out_dtype, float* checkpoints, 
     }
 }
 
-int64_t backward_workspace(const Scan& scan) { return BackwardMemory(scan, backward_cut(scan), nullptr).bytes; }
+int64_t backward_workspace(const Scan& scan) {
+    return BackwardMemory(scan, backward_cut(scan, wide_tile(scan)), nullptr).bytes;
+}
 
 void backward(const Scan& scan, const void* grad, Scalar grad_dtype, const float* checkpoints,
               const Gradients& gradients, void* workspace, int device) {
     check_supported(scan, grad_dtype);
     const torch::stable::accelerator::DeviceGuard guard(device);
     const cudaStream_t stream = current_stream(device);
-    const Cut cut = backward_cut(scan);
+    const Cut cut = backward_cut(scan, wide_tile(scan));
     const BackwardMemory memory(scan, cut, workspace);
 
     BackwardArgs args;
