@@ -4,6 +4,7 @@ import copy
 import itertools
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,7 +17,15 @@ from mmengine.registry import MODELS
 
 import vmamba.mm  # noqa: F401  (registers the backbones)
 from tests.golden import recipe
-from tests.mm.published import HIERARCHICAL, PLAINMAMBA_ADAPTER, PLAINMAMBA_SEG, VIM, published_weights, without_prefix
+from tests.mm.published import (
+    HIERARCHICAL,
+    PLAINMAMBA_ADAPTER,
+    PLAINMAMBA_SEG,
+    VIM,
+    Published,
+    published_weights,
+    without_prefix,
+)
 from tests.models.common import image
 from tests.models.golden import TOLERANCE, mismatches, placeholders
 from tests.running import ROOT
@@ -69,12 +78,29 @@ def build(kind: str, seed: int = 0, **kwargs) -> nn.Module:
 # -- Published numbers ------------------------------------------------------------------------------------------------
 
 
-def cases(published: list, marks=()) -> list:
-    return [pytest.param(case, id=case.variant, marks=marks) for case in published]
+def cases(published: list[Published], slow: Callable[[str], bool], *marks: pytest.MarkDecorator) -> list:
+    """Parameters of a test, the slow ones marked."""
+    return [
+        pytest.param(case, id=case.variant, marks=[*marks, pytest.mark.slow] if slow(case.variant) else list(marks))
+        for case in published
+    ]
 
 
-ALL = [*cases([*HIERARCHICAL, *VIM, *PLAINMAMBA_SEG]), *cases(PLAINMAMBA_ADAPTER, NEEDS_MMCV)]
-WITH_OUTPUTS = [case for case in ALL if "outputs" in case.values[0].data]
+def every(slow: Callable[[str], bool]) -> list:
+    """All published backbones."""
+    plain = [*HIERARCHICAL, *VIM, *PLAINMAMBA_SEG]
+    return [*cases(plain, slow), *cases(PLAINMAMBA_ADAPTER, slow, NEEDS_MMCV)]
+
+
+def is_large(variant: str) -> bool:
+    return any(size in variant for size in ("small", "base", "l2", "l3"))
+
+
+def has_a_smaller_twin(variant: str) -> bool:
+    return variant in ("vanilla_vmamba_tiny", "msvmambav3_tiny", "vim_seg_small@128x128")
+
+
+WITH_OUTPUTS = [case for case in every(has_a_smaller_twin) if "outputs" in case.values[0].data]
 
 
 @pytest.mark.parametrize("case", WITH_OUTPUTS)
@@ -121,7 +147,7 @@ PARAMETERS = {
 """Of the published backbones of four stages; golden files of the others count the dense model."""
 
 
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", every(is_large))
 def test_layout_maps_one_to_one(case):
     with torch.device("meta"):
         backbone = case.build()
@@ -292,7 +318,7 @@ def test_copies_are_apart(kind):
     ("kind", "dtype"),
     [
         (*kind.values, dtype) if not kind.marks else pytest.param(*kind.values, dtype, marks=kind.marks)
-        for kind, dtype in zip(KINDS, itertools.cycle([torch.bfloat16, torch.float16]))
+        for kind, dtype in zip(KINDS, itertools.cycle([torch.float16, torch.bfloat16]))
     ],
 )
 def test_autocast(kind, dtype):
