@@ -60,6 +60,7 @@ def test_the_commands_themselves_do_not_import_torch():
         "import sys, types; package = types.ModuleType('vmamba'); package.__path__ = ['vmamba'];"
         "package.__version__ = '0'; sys.modules['vmamba'] = package;"
         "import vmamba.cli.main, vmamba.cli.train, vmamba.cli.validate, vmamba.cli.predict, vmamba.cli.models;"
+        "import vmamba.cli.benchmark, vmamba.cli.flops;"
         "assert 'torch' not in sys.modules and 'timm' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,6 +1,5 @@
 """`vmamba flops`."""
 
-import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,20 +110,16 @@ def _authors(model: "nn.Module", size: "InputSize") -> str:
 
 
 def _write_table(args: Namespace) -> None:
-    from tqdm import tqdm
-
-    from vmamba.analysis.cost_table import as_csv, as_markdown, cost_rows, published_models
+    from vmamba.analysis.cost_table import as_csv, as_markdown, cost_rows
     from vmamba.analysis.text_files import replace_text
 
-    bar = tqdm(total=len(published_models()), leave=False, disable=not sys.stderr.isatty(), unit="model")
     rows = []
     for row in cost_rows(ask_fvcore=not args.no_fvcore):
         rows.append(row)
-        bar.update()
-    bar.close()
-    for suffix, text in ((".csv", as_csv(rows)), (".md", as_markdown(rows))):
-        replace_text(args.output.with_name(args.output.name + suffix), text)
-    print(as_markdown(rows), end="")
+        for suffix, text in ((".csv", as_csv(rows)), (".md", as_markdown(rows))):
+            replace_text(args.output.with_name(args.output.name + suffix), text)
+        published = "-" if row.published_g is None else row.published_g
+        print(f"{row.model:<32} {row.macs / 1e9:8.3f} GMACs, published {published}", flush=True)
     print(f"wrote  {args.output}.csv and .md")
 
 
