@@ -51,7 +51,7 @@ class PreNormBlock(nn.Module):
         if self.mlp is None:
             return self.mix_positions(x)
         # mix_channels(mix_positions(x)), with the first addition and the second norm in one pass.
-        x, normed = self.norm2.after_add(x, self.drop_path(self.mixer(self.norm1(x))))
+        x, normed = self.norm2(x, self.drop_path(self.mixer(self.norm1(x))))
         return x + self.drop_path(self.mlp(normed))
 
 

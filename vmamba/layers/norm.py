@@ -1,5 +1,7 @@
 """LayerNorms of channels-last maps. All have the parameters of :class:`torch.nn.LayerNorm` and agree with it."""
 
+from typing import Any
+
 import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
@@ -26,11 +28,10 @@ class BranchNorm(LayerNorm):
     The linear layer behind it would cast it to that dtype anyway; here the cast costs nothing.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._norm(x, autocast_dtype(x) or x.dtype)
-
-    def after_add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        """``x + branch``, and its norm; on a GPU in one pass."""
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> Any:
+        """The norm of ``x``; with a branch that ends here, ``x + branch`` and its norm, on a GPU in one pass."""
+        if branch is None:
+            return self._norm(x, autocast_dtype(x) or x.dtype)
         return add_layer_norm(x, branch, self.weight, self.bias, self.eps)
 
 
