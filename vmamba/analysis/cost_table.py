@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 import timm
 import torch
 
-from vmamba.analysis.flops import count, published_flops, published_rule
+from vmamba.analysis.flops import published_flops, published_rule
 from vmamba.analysis.fvcore_count import count_by_fvcore
 from vmamba.analysis.module_costs import break_down
 from vmamba.weights import Checkpoint, checkpoints
@@ -78,16 +78,16 @@ def cost_row(checkpoint: Checkpoint, ask_fvcore: bool = False) -> CostRow:
     name = checkpoint.backbone
     with torch.device("meta"):
         model = timm.create_model(name)
-    cost = count(model, SIZE)
-    operators = break_down(model, SIZE, depth=0).operators
+    costs = break_down(model, SIZE, depth=0)
+    whole = costs.modules[0]
     notes = [EXPLANATIONS[checkpoint.family], EXCEPTIONS.get(name, "")]
     return CostRow(
         model=name,
-        params=cost.params,
+        params=whole.params,
         published_params_m=checkpoint.params_m,
-        macs=cost.macs,
-        flops=cost.flops,
-        scan_flops=sum(flops for operator, flops in operators.items() if operator.startswith("selective_scan")),
+        macs=whole.macs,
+        flops=whole.flops,
+        scan_flops=sum(flops for operator, flops in costs.operators.items() if operator.startswith("selective_scan")),
         fvcore_flops=count_by_fvcore(timm.create_model(name), SIZE).flops if ask_fvcore else None,
         authors_rule=published_flops(model, SIZE) if published_rule(model) is not None else None,
         published_g=checkpoint.gflops,
