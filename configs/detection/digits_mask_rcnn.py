@@ -90,7 +90,7 @@ model = dict(
 
 # -- Training ---------------------------------------------------------------------------------------------------------
 
-epochs = 4
+epochs = 3
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=1)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

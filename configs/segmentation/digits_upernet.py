@@ -95,23 +95,25 @@ model = dict(
     decode_head=dict(
         in_channels=[32, 64, 128],
         in_index=[0, 1, 2],
-        channels=32,
+        channels=64,
         num_classes=11,
         norm_cfg=norm,
         loss_decode=loss,
+        init_cfg=dict(type="Normal", std=0.05, override=dict(name="conv_seg")),
     ),
-    auxiliary_head=dict(in_channels=128, in_index=2, channels=32, num_classes=11, norm_cfg=norm, loss_decode=loss),
+    auxiliary_head=dict(in_channels=128, in_index=2, channels=64, num_classes=11, norm_cfg=norm, loss_decode=loss),
 )
 
 # -- Training ---------------------------------------------------------------------------------------------------------
 
-epochs = 4
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=1)
+epochs = 6
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=2)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=5e-3, weight_decay=0.05),
+    paramwise_cfg=dict(custom_keys={"backbone": dict(lr_mult=0.2)}),  # it knows digits; the head has all to learn
     clip_grad=dict(max_norm=5),
 )
 param_scheduler = [
