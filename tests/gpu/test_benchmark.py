@@ -30,7 +30,8 @@ def test_eager_and_graph(task, optimizer, meter):
         assert isinstance(result.outcome, Figures), result.outcome
         outcomes[mode] = result.outcome
     assert outcomes["graph"].ms < outcomes["eager"].ms
-    assert outcomes["graph"].peak_gib == pytest.approx(outcomes["eager"].peak_gib, rel=0.2)
+    # A graph has a workspace of its own for matrix products, tens of MiB.
+    assert outcomes["graph"].peak_gib == pytest.approx(outcomes["eager"].peak_gib, rel=0.2, abs=0.125)
 
 
 def test_compiled_and_compiled_graph(meter):

@@ -59,8 +59,10 @@ class Meter(Protocol):
 
 
 def make_meter(device: torch.device) -> Meter:
-    """The meter for a device."""
-    return CudaMeter(device) if device.type == "cuda" else CpuMeter(device)
+    """The meter for a device; a GPU without a number is the current one."""
+    if device.type != "cuda":
+        return CpuMeter(device)
+    return CudaMeter(device if device.index is not None else torch.device("cuda", torch.cuda.current_device()))
 
 
 class CpuMeter:
