@@ -106,8 +106,8 @@ model = dict(
 
 # -- Training ---------------------------------------------------------------------------------------------------------
 
-epochs = 6
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=2)
+epochs = 10
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=5)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(

@@ -1,5 +1,6 @@
 """Runs the commands for detectors and segmentors on a few tiny scenes."""
 
+import itertools
 import json
 import os
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ QUICK = (
     *("param_scheduler.0.end=2", "default_hooks.logger.interval=1"),
     *("digits_classifier=None", "model.backbone.pretrained=None"),
 )
+
+
+_RUNS = itertools.count()
 
 
 def quick(*options: str) -> tuple[str, ...]:
@@ -47,8 +51,13 @@ def scenes_in(folder: Path):
 
 def train(config: str, work_dir: Path, *arguments: object, epochs: int = 1, options: tuple[str, ...] = ()) -> Result:
     """Train a demonstration for a few epochs, and validate after the last one."""
-    length = (f"train_cfg.max_epochs={epochs}", f"train_cfg.val_interval={epochs}")
+    length = (f"train_cfg.max_epochs={epochs}", f"train_cfg.val_interval={epochs}", *_own_visualizer())
     return vmamba("train-dense", config, "--work-dir", work_dir, *arguments, *quick(*length, *options))
+
+
+def _own_visualizer() -> tuple[str, ...]:
+    """MMEngine keeps visualizers by name, and a second run in one process would write into the first one's files."""
+    return (f"visualizer.name=visualizer_{next(_RUNS)}",)
 
 
 def losses(work_dir: Path) -> list[float]:
