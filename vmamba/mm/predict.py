@@ -73,7 +73,7 @@ class Predictor:
 
     def __init__(self, settings: Config, checkpoint: str, device: torch.device) -> None:
         scope = settings.default_scope
-        require(scope).utils.register_all_modules()
+        require(f"{scope}.utils").register_all_modules()
         init_default_scope(scope)
         self.model = revert_sync_batchnorm(MODELS.build(settings.model))
         load_trained(self.model, checkpoint)
