@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <exception>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -51,8 +52,16 @@ bool same_sizes(const Tensor& x, const std::vector<int64_t>& sizes) {
     return std::equal(sizes.begin(), sizes.end(), x.sizes().begin(), x.sizes().end());
 }
 
+// What fails here is an allocation; its error arrives without its type and its words, which programs look for.
 Tensor new_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-    return torch::stable::new_empty(like, sizes, dtype);
+    try {
+        return torch::stable::new_empty(like, sizes, dtype);
+    } catch (const std::exception&) {
+        int64_t count = 1;
+        for (const int64_t size : sizes) count *= size;
+        STD_TORCH_CHECK(false, "out of memory: a vmamba operator could not allocate ", count, " elements (",
+                        like.is_cuda() ? "on the GPU" : "on the CPU", "); use a smaller batch or smaller images");
+    }
 }
 
 // The tensors of one call, and the Scan that describes them. Tensors that had to be made contiguous live in here.

@@ -207,6 +207,14 @@ def test_wrong_dtypes_are_explained():
         selective_scan(**{**inputs, "dt": inputs["dt"].half()}, **PLAIN.tables())
 
 
+def test_too_large_a_result_is_out_of_memory():
+    images = 10**12  # more than addresses reach
+    u = torch.zeros(1, 64, 32).expand(images, -1, -1)
+    dt, B = torch.zeros(1, 64, 1, 32).expand(images, -1, -1, -1), torch.zeros(1, 64, 1, 1).expand(images, -1, -1, -1)
+    with pytest.raises(RuntimeError, match="out of memory: a vmamba operator could not allocate"):
+        selective_scan(u, dt, -torch.ones(1, 32, 1), B, B)
+
+
 def test_a_route_off_the_map_is_an_error_not_a_crash():
     inputs = as_dtype(PLAIN, torch.float32)
     route = torch.full((4, 6), PLAIN.L, dtype=torch.int32)

@@ -189,9 +189,14 @@ def explain(error: Exception) -> Failure:
         return Failure(str(error))
     causes = list(_causes(error))  # compilers wrap what they stumble over, an ended capture hides it
     reason = _in_short(error) if len(causes) == 1 else f"{_in_short(error)} (first {_in_short(causes[-1])})"
-    if any(isinstance(cause, torch.OutOfMemoryError) for cause in causes):
+    if any(_is_out_of_memory(cause) for cause in causes):
         return Failure(f"out of memory: {reason}", out_of_memory=True)
     return Failure(reason)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: PyTorch's own, or one inside our operators, which lose the exception's type."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def _in_short(error: BaseException) -> str:
