@@ -1,6 +1,6 @@
 """Draws what a detector or segmentor finds on images: the same as `vmamba predict-dense`.
 
-python tools/predict_dense.py digits_mask_rcnn runs/digits_mask_rcnn/epoch_12.pth data/digit_scenes/images/validation
+python tools/predict_dense.py digits_mask_rcnn runs/digits_mask_rcnn/epoch_3.pth data/digit_scenes/images/validation
 """
 
 import sys

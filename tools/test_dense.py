@@ -1,6 +1,6 @@
 """Tests a detector or segmentor from a checkout: the same as `vmamba test-dense`, also under torchrun.
 
-python tools/test_dense.py digits_upernet runs/digits_upernet/epoch_20.pth --tta
+python tools/test_dense.py digits_upernet runs/digits_upernet/epoch_10.pth --tta
 """
 
 import sys

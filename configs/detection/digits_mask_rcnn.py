@@ -1,4 +1,4 @@
-"""A small Mask R-CNN that finds and cuts out handwritten digits: twelve minutes on two CPU cores, nothing to download.
+"""A small Mask R-CNN that finds and cuts out handwritten digits: nine minutes on two CPU cores, nothing to download.
 
 Data: 1,500 scenes of 96x96 that `vmamba scenes` makes, in COCO's format, in the folder that the variable
 SCENES_ROOT of the environment names (data/digit_scenes unless set). It is made when it is missing.
@@ -60,7 +60,7 @@ test_evaluator = val_evaluator
 # What `vmamba train` leaves. It is trained first, in a minute and a half, where it is missing.
 digits_classifier = "runs/vmamba_nano_32-digits/best.pth"
 
-# Strides 4 and 8, of which a pyramid makes four maps of 64 channels. The digits are 15 to 70 pixels wide.
+# Strides 4 and 8, of which a pyramid makes three maps of 64 channels. The digits are 10 to 50 pixels wide.
 anchors = dict(scales=[6], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16])
 maps = dict(out_channels=64, featmap_strides=[4, 8], finest_scale=28)
 
