@@ -1,4 +1,4 @@
-"""A small UPerNet that labels the pixels of handwritten digits: a quarter of an hour on two CPU cores, nothing to download.
+"""A small UPerNet that labels the pixels of handwritten digits: a quarter of an hour on two cores, nothing to download.
 
 Data: 1,500 scenes of 96x96 that `vmamba scenes` makes, laid out as ADE20K, in the folder that the variable
 SCENES_ROOT of the environment names (data/digit_scenes unless set). It is made when it is missing.
