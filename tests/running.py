@@ -3,8 +3,10 @@
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,10 +48,12 @@ def train(data: Path, output: Path, name: str, *arguments: object, epochs: int =
     return vmamba("train", *QUICK, *run, *arguments)
 
 
-def start(*command: object) -> subprocess.Popen:
-    """Start a program in a process of its own, with the arguments after ``python``."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def start(*command: object, **variables: str) -> subprocess.Popen:
+    """Start a program in a process of its own: the arguments after ``python``, and variables of its environment."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     environment.pop("RANK", None)
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks the network for this machine's name
+    environment.update(variables)
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         env=environment,
@@ -57,6 +61,30 @@ def start(*command: object) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def torchrun(processes: int, *command: object, timeout: float = 200, **variables: str) -> tuple[int, str, str]:
+    """Run a program in several processes; its exit status, and what it printed.
+
+    Processes that wait for each other for ever, which one run in many did under load, say where they stand, in a
+    warning; then they get a second chance.
+    """
+    for last in (False, True):
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
+        process = start(*launcher, *command, **variables)
+        try:
+            out, err = process.communicate(timeout=timeout)
+            return process.returncode, out, err
+        except subprocess.TimeoutExpired:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            for pid in (*map(int, children), process.pid):
+                os.kill(pid, signal.SIGABRT)
+            _, err = process.communicate()
+            stuck = f"{processes} processes had not ended after {timeout} s:\n{err}"
+            if last:
+                raise AssertionError(stuck) from None
+            warnings.warn(stuck, stacklevel=2)
+    raise AssertionError("unreachable")
 
 
 def make_folder(root: Path, per_class: int = 8, splits: tuple[str, ...] = ("train", "val")) -> Path:

@@ -1,9 +1,5 @@
 """Detectors and segmentors learn, go on where they stopped, and learn in two processes what they learn in one."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -11,7 +7,7 @@ pytest.importorskip("mmdet", reason="needs the mm extra")
 pytest.importorskip("mmseg", reason="needs the mm extra")
 
 from tests.mm.dense_runs import CONFIGS, EPOCH, losses, make_data, quick, scenes_in, train
-from tests.running import ROOT, one_line
+from tests.running import ROOT, one_line, torchrun
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,8 +94,7 @@ class WriteDown(Hook):
 def test_two_processes(config, tmp_path):
     """They share the images of an epoch, and end with the same weights, bit by bit."""
     (tmp_path / "agreement.py").write_text(AGREEMENT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, ROOT / "tools" / "train_dense.py", tmp_path / "two.py", "--work-dir", tmp_path / "run"]
+    command = [ROOT / "tools" / "train_dense.py", tmp_path / "two.py", "--work-dir", tmp_path / "run"]
     options = ("train_dataloader.batch_size=2", "train_cfg.max_epochs=2", "train_cfg.val_interval=2")
     base = next(ROOT.glob(f"configs/*/{config}.py"))
     (tmp_path / "two.py").write_text(
@@ -107,14 +102,8 @@ def test_two_processes(config, tmp_path):
         "custom_imports = dict(imports=['vmamba.mm', 'vmamba.mm.seeding', 'agreement'])\n"
         "custom_hooks = [dict(type='SeedByIteration'), dict(type='WriteDown')]\n"
     )
-    done = subprocess.run(
-        [*command, *quick(*options)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{tmp_path}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, _, err = torchrun(2, *command, *quick(*options), timeout=300, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    assert status == 0, err[-3000:]
     values = losses(tmp_path / "run")
     assert len(values) == 2 * EPOCH
     assert sum(values[-2:]) < sum(values[:2])

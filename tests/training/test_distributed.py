@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from tests.running import QUICK, make_folder, one_line, start, vmamba
+from tests.running import QUICK, make_folder, one_line, torchrun, vmamba
 
 # Stochastic depth and dropout are off: they are drawn by each process for its own images. Augmentation and mixing are
 # on: they are drawn for each image, and for each global batch.
@@ -58,18 +58,13 @@ def assert_close(run, expected):
             assert our_row[column] == their_row[column]
 
 
-def torchrun(processes, *arguments):
-    process = start(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes),
-        *("-m", "vmamba.cli.main", "train", *arguments),
-    )
-    out, err = process.communicate(timeout=200)
-    return process.returncode, out, err
+def train(processes, *arguments):
+    return torchrun(processes, "-m", "vmamba.cli.main", "train", *arguments)
 
 
 def test_two_processes(data, alone, tmp_path):
     """15 validation images over two processes: an odd number, and still each counts once."""
-    status, out, err = torchrun(2, *OPTIONS, "--data", data, "--output", tmp_path, "--name", "run")
+    status, out, err = train(2, *OPTIONS, "--data", data, "--output", tmp_path, "--name", "run")
     assert status == 0, err
     assert "2 processes" in out
     assert out.count("epoch 1/2") == 1  # only one of them reports
@@ -77,7 +72,7 @@ def test_two_processes(data, alone, tmp_path):
 
 
 def test_two_processes_with_accumulation(data, alone, tmp_path):
-    status, _, err = torchrun(2, *OPTIONS, "--accumulate", 2, "--data", data, "--output", tmp_path, "--name", "run")
+    status, _, err = train(2, *OPTIONS, "--accumulate", 2, "--data", data, "--output", tmp_path, "--name", "run")
     assert status == 0, err
     assert_close(tmp_path / "run", alone)
 
