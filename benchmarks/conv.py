@@ -11,11 +11,11 @@ medians over CUDA events of CUDA graphs, after warm-up.
 import argparse
 import csv
 import datetime
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from gpu_timing import captured, milliseconds
 
 from vmamba.ops import depthwise_conv
 from vmamba.ops.depthwise_conv import by_torch
@@ -108,43 +108,15 @@ class Convolution:
         self.leaves = [leaf.detach().requires_grad_() for leaf in self.leaves]
 
 
-def captured(function):
-    """The function as a CUDA graph: what the GPU alone takes, without Python and launch gaps."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
-def milliseconds(function, repeats: int = 30) -> float:
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        times.append((start, end))
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in times)
-
-
 def measure(case: Case, batch: int) -> dict:
     conv = Convolution(case, batch)
     row: dict = {"case": case.name, "dtype": str(case.dtype)[6:]}
     with torch.no_grad():
-        row["forward"] = milliseconds(captured(conv.ours))
-        row["torch forward"] = milliseconds(captured(conv.torchs))
+        row["forward"] = milliseconds(captured(conv.ours), 30)
+        row["torch forward"] = milliseconds(captured(conv.torchs), 30)
     conv.require_grad()
-    row["forward+backward"] = milliseconds(captured(lambda: conv.gradients(conv.ours)))
-    row["torch forward+backward"] = milliseconds(captured(lambda: conv.gradients(conv.torchs)))
+    row["forward+backward"] = milliseconds(captured(lambda: conv.gradients(conv.ours)), 30)
+    row["torch forward+backward"] = milliseconds(captured(lambda: conv.gradients(conv.torchs)), 30)
     moved = (conv.leaves[0].numel() + conv.grad.numel()) * conv.grad.element_size()
     row["forward GB/s"] = moved / row["forward"] / 1e6
     return row

@@ -14,11 +14,11 @@ import csv
 import datetime
 import gc
 import importlib.util
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from gpu_timing import captured, milliseconds
 from mamba_ssm_peer import MambaSsm
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -101,34 +101,6 @@ class Core:
     def require_grad(self, wanted: bool):
         for leaf in self.leaves:
             leaf.requires_grad_(wanted)
-
-
-def captured(function):
-    """The function as a CUDA graph: what the GPU alone takes, without Python and launch gaps."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
-def milliseconds(function, repeats: int = 50) -> float:
-    for _ in range(5):
-        function()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        times.append((start, end))
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in times)
 
 
 def profile(function, title: str) -> None:

@@ -68,7 +68,8 @@ def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps:
     training = _asks_for_gradients(x, branch, weight, bias)
     if branch.dtype == out_dtype and _has_kernel(x, out_dtype, training):
         weight, bias = weight.float(), bias.float()
-        fused = _EagerAddNorm.apply if training and not torch.compiler.is_compiling() else _add_layer_norm
+        eager = training and not torch.compiler.is_compiling()
+        fused = _EagerAddNorm.apply if eager else torch.ops.vmamba.add_layer_norm
         total, normed, *_ = fused(x, branch, weight, bias, eps, out_dtype)
         return total, normed
     total = x + branch
@@ -130,10 +131,6 @@ class _EagerNorm(torch.autograd.Function):
     def backward(ctx, grad, grad_mean, grad_rstd):
         with torch._C._AutoDispatchBelowAutograd():
             return _backward(ctx, grad, grad_mean, grad_rstd)
-
-
-def _add_layer_norm(*inputs):
-    return torch.ops.vmamba.add_layer_norm(*inputs)
 
 
 def _fake_add(
