@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,28 +62,22 @@ def start(*command: object, **variables: str) -> subprocess.Popen:
     )
 
 
-def torchrun(processes: int, *command: object, timeout: float = 200, **variables: str) -> tuple[int, str, str]:
-    """Run a program in several processes; its exit status, and what it printed.
+def torchrun(processes: int, *command: object, timeout: float = 300, **variables: str) -> tuple[int, str, str]:
+    """Run a program in several processes, as ``in_group.py`` does; its exit status, and what it printed.
 
-    Processes that wait for each other for ever, which one run in many did under load, say where they stand, in a
-    warning; then they get a second chance.
+    Processes that wait for each other for ever say where they stand.
     """
-    for last in (False, True):
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
-        process = start(*launcher, *command, **variables)
-        try:
-            out, err = process.communicate(timeout=timeout)
-            return process.returncode, out, err
-        except subprocess.TimeoutExpired:
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            for pid in (*map(int, children), process.pid):
-                os.kill(pid, signal.SIGABRT)
-            _, err = process.communicate()
-            stuck = f"{processes} processes had not ended after {timeout} s:\n{err}"
-            if last:
-                raise AssertionError(stuck) from None
-            warnings.warn(stuck, stacklevel=2)
-    raise AssertionError("unreachable")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
+    process = start(*launcher, ROOT / "tests" / "in_group.py", *command, **variables)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (*map(int, children), process.pid):
+            os.kill(pid, signal.SIGABRT)
+        _, err = process.communicate()
+        raise AssertionError(f"{processes} processes had not ended after {timeout} s:\n{err}") from None
+    return process.returncode, out, err
 
 
 def make_folder(root: Path, per_class: int = 8, splits: tuple[str, ...] = ("train", "val")) -> Path:

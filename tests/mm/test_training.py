@@ -102,7 +102,7 @@ def test_two_processes(config, tmp_path):
         "custom_imports = dict(imports=['vmamba.mm', 'vmamba.mm.seeding', 'agreement'])\n"
         "custom_hooks = [dict(type='SeedByIteration'), dict(type='WriteDown')]\n"
     )
-    status, _, err = torchrun(2, *command, *quick(*options), timeout=300, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    status, _, err = torchrun(2, *command, *quick(*options), PYTHONPATH=f"{ROOT}:{tmp_path}")
     assert status == 0, err[-3000:]
     values = losses(tmp_path / "run")
     assert len(values) == 2 * EPOCH

@@ -7,10 +7,13 @@ import logging
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmamba.errors import UserError
 from vmamba.training.config import DIGITS, TrainConfig, bundled, default_recipe, load, parse
+
+if TYPE_CHECKING:
+    from vmamba.training.distributed import Process
 
 _logger = logging.getLogger(__name__)
 
@@ -66,18 +69,30 @@ def _train(args: Namespace, config: TrainConfig, folder: Path | None, content: d
     # Not at the top: `vmamba train --help` must not wait for torch.
     import torch
 
-    from vmamba.cli.output import in_file, on_terminal
-    from vmamba.training import checkpoint
+    from vmamba.cli.output import on_terminal
     from vmamba.training.distributed import join
-    from vmamba.training.trainer import LAST_NAME, Trainer
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with join(config.device) as process, on_terminal(process.is_first), contextlib.ExitStack() as log:
-        trainer = Trainer(config, process, content, show_bar=sys.stderr.isatty())
-        # Only now, so that a mistake in the options leaves no empty folder behind.
-        if folder is None:
-            folder = Path(process.from_first(str(_new_folder(args, config)) if process.is_first else None))
+    with join(config.device) as process, on_terminal(process.is_first):
+        _train_in(process, args, config, folder, content)
+
+
+def _train_in(
+    process: "Process", args: Namespace, config: TrainConfig, folder: Path | None, content: dict[str, Any] | None
+) -> None:
+    """A function of its own, so that nothing of the training is left when the process leaves its group."""
+    import torch
+
+    from vmamba.cli.output import in_file
+    from vmamba.training import checkpoint
+    from vmamba.training.trainer import LAST_NAME, Trainer
+
+    trainer = Trainer(config, process, content, show_bar=sys.stderr.isatty())
+    # Only now, so that a mistake in the options leaves no empty folder behind.
+    if folder is None:
+        folder = Path(process.from_first(str(_new_folder(args, config)) if process.is_first else None))
+    with contextlib.ExitStack() as log:
         if process.is_first:
             log.enter_context(in_file(folder / LOG_NAME))
             for leftover in checkpoint.remove_leftovers(folder):

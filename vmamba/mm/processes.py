@@ -9,6 +9,7 @@ import torch.distributed as dist
 from mmengine.config import Config
 
 from vmamba.errors import UserError
+from vmamba.training.distributed import leave
 
 
 @contextlib.contextmanager
@@ -43,4 +44,4 @@ def joined(settings: Config) -> Iterator[None]:
         yield
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            leave()

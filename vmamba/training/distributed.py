@@ -1,6 +1,7 @@
 """One training process among several, as torchrun starts them."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ class Process:
 def join(device: str = "auto") -> Iterator[Process]:
     """Join the group that torchrun describes in the environment; alone without one.
 
-    The processes talk through NCCL on GPUs and gloo on CPUs.
+    The processes talk through NCCL on GPUs and gloo on CPUs. At the end nothing may refer to a model that was trained
+    in the group; see :func:`leave`.
 
     Args:
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``. In a group, each process takes the
@@ -72,7 +74,17 @@ def join(device: str = "auto") -> Iterator[Process]:
     try:
         yield Process(torch.device(info["device"]), info["global_rank"], info["world_size"])
     finally:
-        dist.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Leave the group.
+
+    A DistributedDataParallel that is still there would become the group's last owner. When it goes, it waits for gloo's
+    thread with Python's lock in hand, and that thread may want the lock to drop the tensors of its last message.
+    """
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def _check_device(device: str) -> None:
