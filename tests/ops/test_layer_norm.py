@@ -1,12 +1,14 @@
 """LayerNorm in any dtype against PyTorch's in float64."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.ops.scan_cases import relative_error
 from vmamba.layers import BranchNorm, LayerNorm, ScanNorm
-from vmamba.ops import layer_norm
+from vmamba.ops import add_layer_norm, layer_norm
 
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
@@ -47,3 +49,72 @@ def test_float16_results_survive_a_sum_beyond_its_range():
     y = torch.full((1, 2, 8), 1e5)
     y[..., 0] = -1e5
     assert ScanNorm(8)(y, torch.float16).isfinite().all()
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The operators on the CPU, by PyTorch's operators, so that what surrounds the CUDA kernels runs here."""
+
+    def normed(x, weight, bias, eps, out_dtype):
+        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        return y.to(out_dtype), mean.flatten(), rstd.flatten()
+
+    def gradients(grad, x, weight, mean, rstd):
+        rows = (*x.shape[:-1], 1)
+        return torch.ops.aten.native_layer_norm_backward(
+            grad.to(x.dtype), x, weight.shape, mean.view(rows), rstd.view(rows), weight, weight, [True, True, True]
+        )
+
+    def added(x, branch, *rest):
+        total = x + branch
+        return total, *normed(total, *rest)
+
+    def gradients_of_added(grad_sum, grad, total, weight, mean, rstd):
+        dx, dweight, dbias = gradients(grad, total, weight, mean, rstd)
+        return dx + grad_sum, (dx + grad_sum).to(grad.dtype), dweight, dbias
+
+    module = sys.modules["vmamba.ops.layer_norm"]  # the package has the function under that name
+    monkeypatch.setattr(module, "_has_kernel", lambda *args: True)
+    with torch.library._scoped_library("vmamba", "IMPL") as library:
+        library.impl("layer_norm", normed, "CPU")
+        library.impl("layer_norm_backward", gradients, "CPU")
+        library.impl("add_layer_norm", added, "CPU")
+        library.impl("add_layer_norm_backward", gradients_of_added, "CPU")
+        yield
+
+
+def leaves():
+    torch.manual_seed(0)
+    shapes = (2, 5, 8), (2, 5, 8), (8,), (8,)
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_gradients_of_the_operator():
+    x, _, weight, bias = leaves()
+    got, want = layer_norm(x, weight, bias), F.layer_norm(x, (8,), weight, bias)
+    assert "eager_layer_norm" in got.grad_fn.name()
+    found, wanted = (torch.autograd.grad(y.square().sum(), (x, weight, bias)) for y in (got, want))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)])
+def test_gradients_of_the_operator_that_adds_a_branch(used):
+    x, branch, weight, bias = leaves()
+    got = add_layer_norm(x, branch, weight, bias)
+    want = x + branch, F.layer_norm(x + branch, (8,), weight, bias)
+    assert "eager_add_layer_norm" in got[0].grad_fn.name()
+    sums = [sum(y.square().sum() for y, use in zip(ys, used, strict=True) if use) for ys in (got, want)]
+    inputs = (x, branch, weight, bias)
+    found, wanted = (torch.autograd.grad(s, inputs, allow_unused=True, materialize_grads=True) for s in sums)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_operators_have_no_second_derivative():
+    x, branch, weight, bias = leaves()
+    for y in (layer_norm(x, weight, bias), add_layer_norm(x, branch, weight, bias)[1]):
+        (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match="differentiable once"):
+            gradient.sum().backward()

@@ -11,11 +11,11 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from vmamba.ops import schema
 from vmamba.ops.autocast import autocast_dtype
+from vmamba.ops.eager import differentiable
 from vmamba.ops.registration import LIBRARY
 
 Activation = Literal["silu"]
@@ -80,7 +80,7 @@ def depthwise_conv(
         bias = bias.to(weight.dtype)
     inputs = (x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        conv = torch.ops.vmamba.depthwise_conv if torch.compiler.is_compiling() else _EagerConv.apply
+        conv = torch.ops.vmamba.depthwise_conv if torch.compiler.is_compiling() else _eager_conv
         return conv(*inputs, *geometry, *options)
     return torch.ops.vmamba.depthwise_conv_forward(*inputs, *geometry, *options)
 
@@ -219,22 +219,6 @@ def _backward(ctx, grad):
     return dx, dweight, dbias if ctx.has_bias else None, *(None,) * len(ctx.settings)
 
 
-class _EagerConv(torch.autograd.Function):
-    """The differentiable operator without the wrapping of torch.library, which costs more time than a small map."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = torch.ops.vmamba.depthwise_conv_forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _backward(ctx, grad)
-
-
 def _no_second_derivative(ctx, *grads):
     raise NotImplementedError("vmamba's depthwise_conv is differentiable once; use torch.nn.functional.conv2d")
 
@@ -262,4 +246,5 @@ def _register() -> None:
 
 
 _register()
+_eager_conv = differentiable(torch.ops.vmamba.depthwise_conv_forward, _setup_context, _backward)
 _BUILT = torch._C._dispatch_has_kernel_for_dispatch_key("vmamba::depthwise_conv_forward", "CUDA")

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vmamba.ops import extension, schema
 from vmamba.ops.autocast import autocast_dtype
+from vmamba.ops.eager import differentiable
 from vmamba.ops.registration import LIBRARY
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,7 +41,7 @@ def layer_norm(
     if _has_kernel(x, out_dtype, training):
         weight, bias = weight.float(), bias.float()
         if training:
-            norm = torch.ops.vmamba.layer_norm if torch.compiler.is_compiling() else _EagerNorm.apply
+            norm = torch.ops.vmamba.layer_norm if torch.compiler.is_compiling() else _eager_norm
             return norm(x, weight, bias, eps, out_dtype)[0]
         return torch.ops.vmamba.layer_norm_forward(x, weight, bias, eps, out_dtype)
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -69,7 +69,7 @@ def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps:
     if branch.dtype == out_dtype and _has_kernel(x, out_dtype, training):
         weight, bias = weight.float(), bias.float()
         eager = training and not torch.compiler.is_compiling()
-        fused = _EagerAddNorm.apply if eager else torch.ops.vmamba.add_layer_norm
+        fused = _eager_add_norm if eager else torch.ops.vmamba.add_layer_norm
         total, normed, *_ = fused(x, branch, weight, bias, eps, out_dtype)
         return total, normed
     total = x + branch
@@ -115,24 +115,6 @@ def _backward(ctx, grad, _grad_mean, _grad_rstd):
     return dx, dweight, dbias, None, None
 
 
-class _EagerNorm(torch.autograd.Function):
-    """The differentiable operator without the wrapping of torch.library, which costs more time than a small norm."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.vmamba.layer_norm(*inputs)
-        ctx.mark_non_differentiable(output[1], output[2])
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, grad_mean, grad_rstd):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _backward(ctx, grad, grad_mean, grad_rstd)
-
-
 def _fake_add(
     x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -148,31 +130,17 @@ def _fake_add_backward(
 
 
 def _setup_add_context(ctx, inputs, output):
-    _x, _branch, weight, _bias, _eps, _out_dtype = inputs
+    _x, _branch, weight, _bias, _eps, ctx.out_dtype = inputs
     total, _normed, mean, rstd = output
     ctx.save_for_backward(total, weight, mean, rstd)
 
 
 def _backward_add(ctx, grad_sum, grad, _grad_mean, _grad_rstd):
+    total = ctx.saved_tensors[0]
+    # None where only one of the two outputs was used.
+    grad_sum = torch.zeros_like(total) if grad_sum is None else grad_sum
+    grad = torch.zeros_like(total, dtype=ctx.out_dtype) if grad is None else grad
     return *torch.ops.vmamba.add_layer_norm_backward(grad_sum, grad, *ctx.saved_tensors), None, None
-
-
-class _EagerAddNorm(torch.autograd.Function):
-    """As :class:`_EagerNorm`."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.vmamba.add_layer_norm(*inputs)
-        ctx.mark_non_differentiable(output[2], output[3])
-        _setup_add_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_sum, grad, grad_mean, grad_rstd):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _backward_add(ctx, grad_sum, grad, grad_mean, grad_rstd)
 
 
 def _no_second_derivative(ctx, *grads):
@@ -194,3 +162,6 @@ torch.library.register_fake("vmamba::add_layer_norm", _fake_add, lib=LIBRARY)
 torch.library.register_fake("vmamba::add_layer_norm_backward", _fake_add_backward, lib=LIBRARY)
 torch.library.register_autograd("vmamba::add_layer_norm", _backward_add, setup_context=_setup_add_context, lib=LIBRARY)
 torch.library.register_autograd("vmamba::add_layer_norm_backward", _no_second_derivative, lib=LIBRARY)
+
+_eager_norm = differentiable(torch.ops.vmamba.layer_norm, _setup_context, _backward)
+_eager_add_norm = differentiable(torch.ops.vmamba.add_layer_norm, _setup_add_context, _backward_add, outputs=2)

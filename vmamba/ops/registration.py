@@ -8,11 +8,11 @@ scan); ``selective_scan_backward`` gives all gradients at once. The kernels come
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from vmamba.ops import extension, schema
 from vmamba.ops.autocast import autocast_dtype
+from vmamba.ops.eager import differentiable
 
 
 def checkpoint_steps(device_type: str, states: int) -> int:
@@ -47,7 +47,7 @@ def call(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         every = checkpoint_steps(u.device.type, A.shape[-1])
         in_a_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # which shows operators, not Python
-        scan = torch.ops.vmamba.selective_scan if in_a_graph else _EagerScan.apply
+        scan = torch.ops.vmamba.selective_scan if in_a_graph else _eager_scan
         return scan(*inputs, *tables, dt_softplus, result, out_dtype, every)[0]
     return torch.ops.vmamba.selective_scan_forward(*inputs, *tables, dt_softplus, result, out_dtype, 0)[0]
 
@@ -116,26 +116,6 @@ def _backward(ctx, grad, _grad_checkpoints):
     return (*differentiable, *(None,) * 7)
 
 
-class _EagerScan(torch.autograd.Function):
-    """The differentiable operator without the wrapping of torch.library, which costs more time than a small scan.
-
-    Nor does it have a ``setup_context``, for which PyTorch looks up the signature of ``forward`` at every call.
-    """
-
-    @staticmethod
-    def forward(ctx, *args):
-        output = torch.ops.vmamba.selective_scan_forward(*args)
-        ctx.mark_non_differentiable(output[1])
-        _setup_context(ctx, args, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, grad_checkpoints):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _backward(ctx, grad, grad_checkpoints)
-
-
 def _no_second_derivative(ctx, *grads):
     raise NotImplementedError(
         "selective_scan is differentiable once; for second derivatives pass backend='reference', or drop create_graph"
@@ -175,7 +155,7 @@ def _register() -> None:
         LIBRARY.define(f"{op}{schema.FORWARD}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"vmamba::{op}", _fake_forward, lib=LIBRARY)
         register_flop_formula(getattr(torch.ops.vmamba, op))(_scan_flops)
-        _register_autocast(op)
+    _register_autocast("selective_scan")
     LIBRARY.define(f"selective_scan_backward{schema.BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake("vmamba::selective_scan_backward", _fake_backward, lib=LIBRARY)
     register_flop_formula(torch.ops.vmamba.selective_scan_backward)(_scan_backward_flops)
@@ -187,3 +167,4 @@ def _register() -> None:
 
 LIBRARY = torch.library.Library("vmamba", "DEF")
 _register()
+_eager_scan = differentiable(torch.ops.vmamba.selective_scan_forward, _setup_context, _backward)
