@@ -1,4 +1,4 @@
-"""Operators made differentiable for eager mode: PyTorch's own LayerNorm as the operator, its formula as the derivative."""
+"""Operators made differentiable for eager mode: here PyTorch's own LayerNorm, with its formula as the derivative."""
 
 import pytest
 import torch

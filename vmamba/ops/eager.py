@@ -41,5 +41,5 @@ def differentiable(op: Any, setup_context: Callable, backward: Callable, outputs
             return backward(ctx, *grads)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}
-    name = f"eager_{op.__name__}"
-    return type(name, (torch.autograd.Function,), methods).apply
+    function: Any = type(f"eager_{op.__name__}", (torch.autograd.Function,), methods)
+    return function.apply
