@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <exception>
 #include <optional>
 #include <string>
@@ -52,16 +53,33 @@ bool same_sizes(const Tensor& x, const std::vector<int64_t>& sizes) {
     return std::equal(sizes.begin(), sizes.end(), x.sizes().begin(), x.sizes().end());
 }
 
-// What fails here is an allocation; its error arrives without its type and its words, which programs look for.
+// What fails here is an allocation, unless the device has failed before; its error arrives without its type and its
+// words, which programs look for.
 Tensor new_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
     try {
         return torch::stable::new_empty(like, sizes, dtype);
     } catch (const std::exception&) {
-        int64_t count = 1;
-        for (const int64_t size : sizes) count *= size;
-        STD_TORCH_CHECK(false, "out of memory: a vmamba operator could not allocate ", count, " elements (",
+#ifdef VMAMBA_WITH_CUDA
+        if (like.is_cuda()) cuda::check_device();
+#endif
+        int64_t bytes = dtype == ScalarType::Float ? 4 : dtype == ScalarType::Byte ? 1 : 2;
+        for (const int64_t size : sizes) bytes *= size;
+        STD_TORCH_CHECK(false, "out of memory: a vmamba operator could not allocate ", bytes, " bytes (",
                         like.is_cuda() ? "on the GPU" : "on the CPU", "); use a smaller batch or smaller images");
     }
+}
+
+// Asked first, since even to do nothing the operator goes through the dispatcher.
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+std::string device_of(const Tensor& x) {
+    return x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : std::string("the CPU");
+}
+
+// Kernels follow pointers wherever they lead.
+void check_device(const Tensor& x, const char* name, const Tensor& map, const char* map_name) {
+    STD_TORCH_CHECK(x.is_cuda() == map.is_cuda() && x.get_device_index() == map.get_device_index(), name, " is on ",
+                    device_of(x), " but ", map_name, " is on ", device_of(map), "; move it there");
 }
 
 // The tensors of one call, and the Scan that describes them. Tensors that had to be made contiguous live in here.
@@ -70,7 +88,8 @@ class Arguments {
     Arguments(const Tensor& u, const Tensor& dt, const Tensor& A, const Tensor& B, const OptionalTensor& C,
               const OptionalTensor& D, const OptionalTensor& dt_weight, const OptionalTensor& dt_bias,
               const Tensor& route, const OptionalTensor& param_route, const OptionalTensor& reset, bool dt_softplus,
-              const std::string& result, int64_t checkpoint_steps) {
+              const std::string& result, int64_t checkpoint_steps)
+        : u_(u) {
         STD_TORCH_CHECK(u.dim() == 3 || u.dim() == 4, "u must have 3 or 4 dimensions");
         STD_TORCH_CHECK(A.dim() == 3, "A must have 3 dimensions");
         STD_TORCH_CHECK(route.dim() == 2 || route.dim() == 3, "route must have 2 or 3 dimensions");
@@ -81,6 +100,8 @@ class Arguments {
         scan.steps = route.size(route.dim() - 1);
         scan.states = A.size(2);
         scan.rank = dt_weight ? dt_weight->size(2) : 0;
+        STD_TORCH_CHECK(scan.directions > 0, "route must have at least one direction");
+        STD_TORCH_CHECK(!dt_weight || scan.rank > 0, "dt_weight must expand steps of a rank of at least one");
         scan.dtype = scalar_of(u.scalar_type());
         scan.result = result_of(result);
         scan.dt_softplus = dt_softplus;
@@ -128,14 +149,14 @@ class Arguments {
     }
 
     Tensor with_contiguous_rows(const Tensor& x) {
-        const bool contiguous = x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1;
-        return keep(contiguous ? x : torch::stable::contiguous(x));
+        const bool in_a_row = x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1;
+        return keep(in_a_row ? x : dense(x));
     }
 
     Rows input_rows(const Tensor& u) {
         // A stride of 0 would say that the directions share one gradient.
         const bool expanded = u.dim() == 4 && u.size(1) > 1 && u.stride(1) == 0;
-        const Tensor x = expanded ? keep(torch::stable::contiguous(u)) : with_contiguous_rows(u);
+        const Tensor x = expanded ? keep(dense(u)) : with_contiguous_rows(u);
         if (x.dim() == 3) return {x.const_data_ptr(), x.stride(0), 0, x.stride(1)};
         STD_TORCH_CHECK(x.size(1) == scan.directions, "u has the wrong number of directions");
         return {x.const_data_ptr(), x.stride(0), x.size(1) == 1 ? 0 : x.stride(1), x.stride(2)};
@@ -143,46 +164,50 @@ class Arguments {
 
     // (batch, L, K or 1, features)
     Rows parameter_rows(const Tensor& tensor, const char* name, int64_t features) {
+        check_device(tensor, name, u_, "u");
         const bool shared = tensor.dim() == 4 && tensor.size(2) == 1;
         STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == scan.batch && tensor.size(1) == scan.length &&
                             (shared || tensor.size(2) == scan.directions) && tensor.size(3) == features,
                         name, " has the wrong shape");
         STD_TORCH_CHECK(scalar_of(tensor.scalar_type()) == scan.dtype, name, " must have the dtype of u");
         const bool expanded = !shared && tensor.stride(2) == 0;
-        const Tensor x = expanded ? keep(torch::stable::contiguous(tensor)) : with_contiguous_rows(tensor);
+        const Tensor x = expanded ? keep(dense(tensor)) : with_contiguous_rows(tensor);
         return {x.const_data_ptr(), x.stride(0), shared ? 0 : x.stride(2), x.stride(1)};
     }
 
     Param param(const Tensor& tensor, const char* name, int64_t features) {
+        check_device(tensor, name, u_, "u");
         const int64_t count = tensor.size(0);
         STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
         STD_TORCH_CHECK((count == 1 || count == scan.directions) && tensor.numel() == count * features, name,
                         " has the wrong shape");
-        const Tensor x = keep(torch::stable::contiguous(tensor));
+        const Tensor x = keep(dense(tensor));
         return {static_cast<const float*>(x.const_data_ptr()), count == 1 ? 0 : features};
     }
 
     template <typename T>
     Table<T> table(const Tensor& tensor, ScalarType type, const char* name) {
+        check_device(tensor, name, u_, "u");
         STD_TORCH_CHECK(tensor.scalar_type() == type, name, " has the wrong dtype");
         const bool per_image = tensor.dim() == 3;
         STD_TORCH_CHECK((!per_image || tensor.size(0) == scan.batch) &&
                             tensor.size(tensor.dim() - 2) == scan.directions &&
                             tensor.size(tensor.dim() - 1) == scan.steps,
                         name, " has the wrong shape");
-        const Tensor x = keep(torch::stable::contiguous(tensor));
+        const Tensor x = keep(dense(tensor));
         const int64_t image = scan.directions * scan.steps;
         return {static_cast<const T*>(x.const_data_ptr()), per_image ? image : 0, scan.steps};
     }
 
+    Tensor u_;
     std::vector<Tensor> kept_;
 };
 
 // The kernels of one device. Workspace is memory the kernel needs beside its outputs, in bytes.
 struct Kernels {
-    int64_t (*forward_workspace)(const Scan&);
+    int64_t (*forward_workspace)(const Scan&, int device);
     void (*forward)(const Scan&, void* out, Scalar out_dtype, float* checkpoints, void* workspace, int device);
-    int64_t (*backward_workspace)(const Scan&);
+    int64_t (*backward_workspace)(const Scan&, int device);
     void (*backward)(const Scan&, const void* grad, Scalar grad_dtype, const float* checkpoints, const Gradients&,
                      void* workspace, int device);
 };
@@ -202,10 +227,10 @@ std::tuple<Tensor, Tensor> forward(Tensor u, Tensor dt, Tensor A, Tensor B, Opti
     const Scan& scan = arguments.scan;
     Tensor out = new_tensor(u, arguments.output_sizes(), out_dtype);
     Tensor checkpoints = new_tensor(u, arguments.checkpoint_sizes(), ScalarType::Float);
-    Tensor workspace = new_tensor(u, {kernels.forward_workspace(scan)}, ScalarType::Byte);
+    const int device = u.get_device_index();
+    Tensor workspace = new_tensor(u, {kernels.forward_workspace(scan, device)}, ScalarType::Byte);
     kernels.forward(scan, out.mutable_data_ptr(), scalar_of(out_dtype),
-                    static_cast<float*>(checkpoints.mutable_data_ptr()), workspace.mutable_data_ptr(),
-                    u.get_device_index());
+                    static_cast<float*>(checkpoints.mutable_data_ptr()), workspace.mutable_data_ptr(), device);
     return {out, checkpoints};
 }
 
@@ -225,9 +250,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
                               checkpoint_steps);
     const Scan& scan = arguments.scan;
     STD_TORCH_CHECK(checkpoint_steps > 0, "the backward needs the checkpoints of a forward that kept them");
-    const Tensor dense_grad = torch::stable::contiguous(grad);
+    const Tensor dense_grad = dense(grad);
     STD_TORCH_CHECK(same_sizes(dense_grad, arguments.output_sizes()), "grad has the wrong shape");
     STD_TORCH_CHECK(same_sizes(checkpoints, arguments.checkpoint_sizes()), "checkpoints have the wrong shape");
+    check_device(grad, "grad", u, "u");
+    check_device(checkpoints, "checkpoints", u, "u");
 
     Tensor du = gradient_for(u, u), ddt = gradient_for(dt, u), dA = gradient_for(A, u), dB = gradient_for(B, u);
     Tensor dC = gradient_for(C, u), dD = gradient_for(D, u);
@@ -244,23 +271,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     gradients.D = floats(dD, D);
     gradients.dt_weight = floats(ddt_weight, dt_weight);
     gradients.dt_bias = floats(ddt_bias, dt_bias);
-    Tensor workspace = new_tensor(u, {kernels.backward_workspace(scan)}, ScalarType::Byte);
+    const int device = u.get_device_index();
+    Tensor workspace = new_tensor(u, {kernels.backward_workspace(scan, device)}, ScalarType::Byte);
     kernels.backward(scan, dense_grad.const_data_ptr(), scalar_of(grad.scalar_type()),
                      static_cast<const float*>(checkpoints.const_data_ptr()), gradients, workspace.mutable_data_ptr(),
-                     u.get_device_index());
+                     device);
     return {du, ddt, dA, dB, dC, dD, ddt_weight, ddt_bias};
 }
 
 #ifdef VMAMBA_WITH_CUDA
+// The norms read packs of four numbers, and a view may start in the middle of one.
+Tensor in_packs(const Tensor& given) {
+    const Tensor x = dense(given);
+    const auto address = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+    return address % (4 * x.element_size()) == 0 ? x : torch::stable::clone(x);
+}
+
 LayerNorm norm_of(const Tensor& x, const Tensor& weight, double eps, ScalarType y_dtype) {
     LayerNorm norm;
     norm.channels = x.size(x.dim() - 1);
     norm.rows = norm.channels > 0 ? x.numel() / norm.channels : 0;
+    check_device(weight, "weight", x, "x");
     STD_TORCH_CHECK(cuda::serves_layer_norm(norm.channels), "layer_norm serves multiples of 4 up to ",
                     cuda::kMaxNormChannels, " channels, got ", norm.channels);
-    STD_TORCH_CHECK(weight.is_cuda() && weight.scalar_type() == ScalarType::Float && weight.is_contiguous() &&
-                        weight.numel() == norm.channels,
-                    "weight must be contiguous float32, one per channel");
+    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float && weight.numel() == norm.channels,
+                    "weight must be float32, one per channel");
     norm.x = x.const_data_ptr();
     norm.weight = static_cast<const float*>(weight.const_data_ptr());
     norm.eps = static_cast<float>(eps);
@@ -283,20 +318,21 @@ struct NormResult {
     Tensor y, sum, mean, rstd;
 };
 
-NormResult run_layer_norm(const Tensor& given, const OptionalTensor& given_branch, const Tensor& weight,
-                          const Tensor& bias, double eps, ScalarType out_dtype, bool with_statistics) {
-    const Tensor x = torch::stable::contiguous(given);
+NormResult run_layer_norm(const Tensor& given, const OptionalTensor& given_branch, const Tensor& given_weight,
+                          const Tensor& given_bias, double eps, ScalarType out_dtype, bool with_statistics) {
+    const Tensor x = in_packs(given), weight = in_packs(given_weight), bias = in_packs(given_bias);
     LayerNorm norm = norm_of(x, weight, eps, out_dtype);
-    STD_TORCH_CHECK(bias.is_cuda() && bias.scalar_type() == ScalarType::Float && bias.is_contiguous() &&
-                        bias.numel() == norm.channels,
-                    "bias must be contiguous float32, one per channel");
+    check_device(bias, "bias", x, "x");
+    STD_TORCH_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == norm.channels,
+                    "bias must be float32, one per channel");
     norm.bias = static_cast<const float*>(bias.const_data_ptr());
     NormResult result;
     result.y = new_tensor(x, sizes_of(x), out_dtype);
     OptionalTensor branch;
     if (given_branch) {
-        branch = torch::stable::contiguous(*given_branch);
-        STD_TORCH_CHECK(branch->is_cuda() && branch->scalar_type() == out_dtype && same_sizes(*branch, sizes_of(x)),
+        branch = in_packs(*given_branch);
+        check_device(*branch, "branch", x, "x");
+        STD_TORCH_CHECK(branch->scalar_type() == out_dtype && same_sizes(*branch, sizes_of(x)),
                         "branch must have the shape of x and the dtype of the result");
         norm.branch = branch->const_data_ptr();
         result.sum = new_tensor(x, sizes_of(x), x.scalar_type());
@@ -329,11 +365,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(Tensor x, Tensor branc
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> run_layer_norm_backward(const Tensor& grad, const OptionalTensor& grad_sum,
-                                                                   const Tensor& given, const Tensor& weight,
+                                                                   const Tensor& given, const Tensor& given_weight,
                                                                    const Tensor& mean, const Tensor& rstd) {
-    const Tensor x = torch::stable::contiguous(given), dy = torch::stable::contiguous(grad);
+    const Tensor x = in_packs(given), dy = in_packs(grad), weight = in_packs(given_weight);
     const LayerNorm norm = norm_of(x, weight, 0.0, dy.scalar_type());
-    STD_TORCH_CHECK(dy.is_cuda() && dy.numel() == x.numel() && mean.numel() == norm.rows && rstd.numel() == norm.rows,
+    check_device(dy, "grad", x, "x");
+    check_device(mean, "mean", x, "x");
+    check_device(rstd, "rstd", x, "x");
+    STD_TORCH_CHECK(dy.numel() == x.numel() && mean.numel() == norm.rows && rstd.numel() == norm.rows,
                     "grad, mean and rstd must be those of x");
     Tensor dx = new_tensor(x, sizes_of(x), x.scalar_type());
     Tensor dbranch = new_tensor(x, grad_sum ? sizes_of(x) : std::vector<int64_t>{0}, dy.scalar_type());
@@ -341,8 +380,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_layer_norm_backward(const Tensor&
     cuda::LayerNormGradients gradients;
     OptionalTensor dsum;
     if (grad_sum) {
-        dsum = torch::stable::contiguous(*grad_sum);
-        STD_TORCH_CHECK(dsum->is_cuda() && dsum->scalar_type() == x.scalar_type() && dsum->numel() == x.numel(),
+        dsum = in_packs(*grad_sum);
+        check_device(*dsum, "grad_sum", x, "x");
+        STD_TORCH_CHECK(dsum->scalar_type() == x.scalar_type() && dsum->numel() == x.numel(),
                         "grad_sum must have the shape and dtype of the sum");
         gradients.dsum = dsum->const_data_ptr();
         gradients.dbranch = dbranch.mutable_data_ptr();
@@ -375,8 +415,7 @@ class ConvArguments {
     ConvArguments(const Tensor& given, const Tensor& given_weight, const OptionalTensor& given_bias,
                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                   const std::vector<int64_t>& dilation, bool replicate, bool residual, bool silu)
-        : x(given.dim() == 4 && given.stride(3) == 1 ? given : torch::stable::contiguous(given)),
-          weight(torch::stable::contiguous(given_weight)) {
+        : x(given.dim() == 4 && given.stride(3) == 1 ? given : dense(given)), weight(dense(given_weight)) {
         STD_TORCH_CHECK(x.dim() == 4, "x must be (batch, height, width, channels)");
         STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 4 && dilation.size() == 2,
                         "stride and dilation take two numbers, padding four");
@@ -384,8 +423,9 @@ class ConvArguments {
                             padding[1] >= 0 && padding[2] >= 0 && padding[3] >= 0,
                         "stride and dilation must be positive, padding not negative");
         const int64_t dims = weight.dim(), channels = x.size(3);
-        STD_TORCH_CHECK(weight.is_cuda() && (dims == 4 || (dims == 5 && weight.size(0) == 2)) &&
-                            weight.size(dims - 4) == channels && weight.size(dims - 3) == 1,
+        check_device(weight, "weight", x, "x");
+        STD_TORCH_CHECK((dims == 4 || (dims == 5 && weight.size(0) == 2)) && weight.size(dims - 4) == channels &&
+                            weight.size(dims - 3) == 1,
                         "weight must be (channels, 1, kernel height, kernel width), or two of these");
         conv.directions = dims == 5 ? 2 : 1;
         conv.kernel_height = static_cast<int>(weight.size(dims - 2));
@@ -396,9 +436,9 @@ class ConvArguments {
         conv.weight_dtype = scalar_of(weight.scalar_type());
         conv.weight = weight.const_data_ptr();
         if (given_bias) {
-            bias = torch::stable::contiguous(*given_bias);
-            STD_TORCH_CHECK(bias->is_cuda() && bias->numel() == conv.directions * channels &&
-                                bias->scalar_type() == weight.scalar_type(),
+            bias = dense(*given_bias);
+            check_device(*bias, "bias", x, "x");
+            STD_TORCH_CHECK(bias->numel() == conv.directions * channels && bias->scalar_type() == weight.scalar_type(),
                             "bias must be one number per channel, of the dtype of weight");
             conv.bias = bias->const_data_ptr();
         }
@@ -470,12 +510,12 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv_backward(Tensor grad, Tensor x
                                                            bool silu) {
     const ConvArguments arguments(x, weight, bias, stride, padding, dilation, replicate, residual, silu);
     const DepthwiseConv& conv = arguments.conv;
-    STD_TORCH_CHECK(
-        grad.is_cuda() && grad.scalar_type() == x.scalar_type() && same_sizes(grad, arguments.output_sizes()),
-        "grad must have the shape and dtype of the result");
+    check_device(grad, "grad", x, "x");
+    STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && same_sizes(grad, arguments.output_sizes()),
+                    "grad must have the shape and dtype of the result");
     const int64_t dims = grad.dim();
     const bool served = grad.stride(dims - 1) == 1 && grad.stride(dims - 2) < cuda::kMostColumnStride;
-    const Tensor dy = served ? grad : torch::stable::contiguous(grad);
+    const Tensor dy = served ? grad : dense(grad);
     const cuda::ConvGrad dy_rows{dy.const_data_ptr(), dy.stride(0), dims == 5 ? dy.stride(1) : 0, dy.stride(dims - 3),
                                  dy.stride(dims - 2)};
     Tensor dz = new_tensor(x, silu ? arguments.output_sizes() : std::vector<int64_t>{0}, x.scalar_type());

@@ -186,8 +186,8 @@ int64_t result_size(const Scan& scan) {
 
 std::string isa() { return best_kernels().name; }
 
-int64_t forward_workspace(const Scan&) { return 0; }
-int64_t backward_workspace(const Scan&) { return 0; }
+int64_t forward_workspace(const Scan&, int) { return 0; }
+int64_t backward_workspace(const Scan&, int) { return 0; }
 
 void forward(const Scan& given, void* out, Scalar out_dtype, float* checkpoints, void*, int) {
     check_routes(given);

@@ -17,18 +17,6 @@ namespace vmamba::cuda {
 constexpr int kSpan = 16;  // steps held in registers
 static_assert(kSpan == checkpoint_interval(1));
 
-struct BackwardShared {
-    int64_t low, gains, weights, delta, sums, bytes;
-    __host__ __device__ BackwardShared(int rank, int tile) {
-        low = 3 * kPageSteps;
-        gains = low + (rank ? kPageSteps * rank_stride(rank) : 0);
-        weights = gains + kPageSteps * 2;
-        delta = weights + (rank ? tile * rank_stride(rank) : 0);
-        sums = delta + kPageSteps * delta_stride(tile);
-        bytes = (sums + tile / 32 * kPageSteps * 2) * 4;
-    }
-};
-
 // Pass::summary: what a chunk hands to the one before it if nothing arrives from behind, and how much of an arriving
 // gradient survives. Pass::output: all gradients.
 template <typename T, typename Grad, bool OfStates, Pass pass>

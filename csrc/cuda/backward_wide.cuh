@@ -56,12 +56,13 @@ class SpanSums<false, Tile> {
 template <int Tile>
 class SpanSums<true, Tile> {
   public:
+    // grads: null where there is no gradient of y, only of the states.
     __device__ SpanSums(float* sums, const float* steps, const float* inputs, const float* grads, const float* B)
         : sums_(sums) {
         const int q = threadIdx.x % 4, t = own_step();
         const float2 step = *reinterpret_cast<const float2*>(steps + t * kWideStride<Tile> + q * 2);
         const float2 u = *reinterpret_cast<const float2*>(inputs + t * kWideStride<Tile> + q * 2);
-        const float2 dy = *reinterpret_cast<const float2*>(grads + t * kWideStride<Tile> + q * 2);
+        const float2 dy = grads ? *reinterpret_cast<const float2*>(grads + t * kWideStride<Tile> + q * 2) : float2{};
         const float4 b = *reinterpret_cast<const float4*>(B + t * kWideGains + q * kPartStates);
         gain_ = pack(step.x * u.x, step.y * u.y);
         dy_ = pack(dy.x, dy.y);
@@ -399,8 +400,8 @@ __global__ void __launch_bounds__(kWideWarps<Tile> * 32, 2 * kWideTile / Tile)
                 before[j][n] = h[n];
             });
             const int corner = first * kWideStride<Tile> + warp * kWarpChannels;
-            SpanSums<kTensorSums, Tile> total(sums + warp * kWideGains, steps + corner, inputs + corner, grads + corner,
-                                              page.gains + first * kWideGains);
+            SpanSums<kTensorSums, Tile> total(sums + warp * kWideGains, steps + corner, inputs + corner,
+                                              OfStates ? nullptr : grads + corner, page.gains + first * kWideGains);
 #pragma unroll
             for (int half = kWideSpan / kParts - 1; half >= 0; --half) {
                 float through_decay[kParts];

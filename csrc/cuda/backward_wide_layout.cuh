@@ -1,7 +1,7 @@
 // How the backward of many states (backward_wide.cuh) is laid out over lanes and in shared memory.
 #pragma once
 
-#include "device.cuh"
+#include "plan.h"
 
 namespace vmamba::cuda {
 

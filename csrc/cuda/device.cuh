@@ -120,13 +120,13 @@ struct Stepper {
     }
     // d step / d raw, from the step: 1 - exp(-softplus(x)) with softplus, else 1.
     __device__ __forceinline__ float slope(float step) const {
-        float slope = 1.f - exp2_fast(-step);
+        float slope = 1.f - exp2_fast(-step);  // infinite for a step far below zero, as there may be without softplus
         if constexpr (Exact) {
             const float v = step * kLn2;
             const float series = v * fmaf(v, fmaf(v, fmaf(v, -1.f / 24.f, 1.f / 6.f), -0.5f), 1.f);
             if (v < 0.08f) slope = series;
         }
-        return fmaf(slope, with_softplus, 1.f - with_softplus);
+        return with_softplus != 0.f ? slope : 1.f;
     }
 };
 
@@ -195,11 +195,6 @@ __device__ __forceinline__ uint32_t transpose(uint32_t x) {
 // ---------------------------------------------------------------------------------------------------------------------
 // A page in shared memory
 // ---------------------------------------------------------------------------------------------------------------------
-
-// Row strides in floats, chosen so that the fragment loads above touch each bank once.
-__host__ __device__ constexpr int rank_columns(int rank) { return (rank + 7) / 8 * 8; }
-__host__ __device__ constexpr int rank_stride(int rank) { return rank_columns(rank) + 4; }
-__host__ __device__ constexpr int delta_stride(int tile) { return tile + 8; }
 
 // One block's place in the grid: channel tiles vary fastest, so that blocks that share rows run together.
 struct Place {

@@ -12,17 +12,6 @@ namespace vmamba::cuda {
 
 constexpr int kAhead = 8;  // steps whose inputs a thread reads ahead and unrolls
 
-struct ForwardShared {
-    int64_t low, gains, weights, delta, bytes;
-    __host__ __device__ ForwardShared(int rank, int group, int tile) {
-        low = 3 * kPageSteps;
-        gains = low + (rank ? kPageSteps * rank_stride(rank) : 0);
-        weights = gains + kPageSteps * 2 * group;
-        delta = weights + (rank ? tile * rank_stride(rank) : 0);
-        bytes = (delta + kPageSteps * delta_stride(tile)) * 4;
-    }
-};
-
 template <typename T>
 __device__ __forceinline__ void read_ahead(T (&u)[kAhead], const int* at, const Column<T>& column) {
     int4 positions[kAhead / 4];

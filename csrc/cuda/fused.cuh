@@ -327,6 +327,7 @@ __global__ void __launch_bounds__(32 * fused_most_warps(Small), 1)
         if (warp > 0 || round > 0) {
             const int from = warp > 0 ? warp - 1 : warps - 1, made = warp > 0 ? turn : turn - 1;
             receive(start, &handed_on[((made & 1) * warps + from) * 8 + g], made);
+            __syncwarp();  // the lane that hands on tells others, by that, that these slots have been read
         }
         if (q == 3) {
             const float behind[2] = {fmaf(decay[0], start[0], end[0]), fmaf(decay[1], start[1], end[1])};

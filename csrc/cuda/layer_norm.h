@@ -7,7 +7,9 @@ namespace vmamba::cuda {
 
 // Rows this wide are served: the channels lie in the registers of one warp, in packs of four.
 constexpr int64_t kMaxNormChannels = 1536;
-inline bool serves_layer_norm(int64_t channels) { return channels % 4 == 0 && channels <= kMaxNormChannels; }
+inline bool serves_layer_norm(int64_t channels) {
+    return channels > 0 && channels % 4 == 0 && channels <= kMaxNormChannels;
+}
 
 // y in y_dtype; mean and 1 / standard deviation of every row, or null where no gradient will be asked for. sum: x +
 // branch in x_dtype, where there is a branch.

@@ -10,10 +10,9 @@
 #include <cstdint>
 
 #include "../scan.h"
+#include "layout.h"
 
 namespace vmamba::cuda {
-
-constexpr int kPageSteps = 64;
 
 // The backward restarts from checkpoints. With one state they are cheap: one for every span of steps it holds in
 // registers. With more states it recomputes a page from one checkpoint.
@@ -33,9 +32,17 @@ struct Cut {
 };
 
 // Splits D channels into equal tiles of a multiple of `of`, none larger than `most`.
-inline int balanced_tile(int64_t channels, int most, int of) {
+constexpr int balanced_tile(int64_t channels, int most, int of) {
     const int64_t tiles = ceil_div(channels, most);
     return static_cast<int>(round_up(ceil_div(channels, tiles), of));
+}
+
+// Tiles of a multiple of 32 channels for whose blocks `limit` bytes of shared memory are enough.
+template <typename Layout>
+constexpr int fitting_tile(int64_t channels, int most, int64_t limit, Layout layout) {
+    int tile = balanced_tile(channels, most, 32);
+    while (tile > 32 && layout(tile).bytes > limit) tile = balanced_tile(channels, most -= 32, 32);
+    return tile;
 }
 
 // How many warps make a large GPU busy. With `few` or less of them from the rows alone, steps are cut in chunks, so
@@ -44,11 +51,13 @@ struct Fill {
     int64_t few, wanted;
 };
 
-inline Cut cut(const Scan& scan, int most_channels, int lanes_per_channel, const Fill& fill) {
+inline int group_of(const Scan& scan) { return scan.states == 1 ? 1 : kWideGroup; }
+
+inline Cut cut(const Scan& scan, int tile, int lanes_per_channel, const Fill& fill) {
     Cut c;
-    c.group = scan.states == 1 ? 1 : kWideGroup;
+    c.group = group_of(scan);
     c.groups = static_cast<int>(ceil_div(std::max<int64_t>(scan.states, 1), c.group));
-    c.tile = balanced_tile(std::max<int64_t>(scan.channels, 1), most_channels, lanes_per_channel == 1 ? 32 : 16);
+    c.tile = tile;
     c.tiles = static_cast<int>(ceil_div(scan.channels, c.tile));
     const int64_t pages = std::max<int64_t>(1, ceil_div(scan.steps, kPageSteps));
     const int64_t warps =
@@ -59,11 +68,34 @@ inline Cut cut(const Scan& scan, int most_channels, int lanes_per_channel, const
     return c;
 }
 
+constexpr int forward_tile(int64_t channels, int rank, int group, int64_t limit) {
+    return fitting_tile(channels, 128, limit, [=](int tile) { return ForwardShared(rank, group, tile); });
+}
+constexpr int backward_tile(int64_t channels, int rank, int64_t limit) {
+    return fitting_tile(channels, 192, limit, [=](int tile) { return BackwardShared(rank, tile); });
+}
+
+// The least shared memory a block can have on the GPUs we build for, and the largest rank: together they fit.
+constexpr int64_t kLeastShared = 99 * 1024;
+constexpr int kMostRank = 128;
+static_assert(ForwardShared(kMostRank, kWideGroup, forward_tile(2048, kMostRank, kWideGroup, kLeastShared)).bytes <=
+              kLeastShared);
+static_assert(BackwardShared(kMostRank, backward_tile(2048, kMostRank, kLeastShared)).bytes <= kLeastShared);
+static_assert(BackwardShared(48, backward_tile(768, 48, kLeastShared)).bytes <= kLeastShared);
+static_assert(BackwardShared(64, backward_tile(1024, 64, kLeastShared)).bytes <= kLeastShared);
+
 // A summary pass costs about as much as the scan itself, except before the backward of many states: a fifth there.
-inline Cut forward_cut(const Scan& scan) { return cut(scan, 128, 1, {132 * 20 / 3, 132 * 20}); }
-inline Cut backward_cut(const Scan& scan, int wide_tile) {
-    if (scan.states == 1) return cut(scan, 192, 1, {132 * 16 / 3, 132 * 16});
-    return cut(scan, wide_tile, 4, {132 * 16 / 2, 132 * 16 * 4});
+// limit: bytes of shared memory a block can have. wide_tile: channels of a block of many states, at most.
+inline Cut forward_cut(const Scan& scan, int64_t limit) {
+    const int tile =
+        forward_tile(std::max<int64_t>(scan.channels, 1), static_cast<int>(scan.rank), group_of(scan), limit);
+    return cut(scan, tile, 1, {132 * 20 / 3, 132 * 20});
+}
+inline Cut backward_cut(const Scan& scan, int64_t limit, int wide_tile) {
+    const int64_t channels = std::max<int64_t>(scan.channels, 1);
+    if (scan.states == 1)
+        return cut(scan, backward_tile(channels, static_cast<int>(scan.rank), limit), 1, {132 * 16 / 3, 132 * 16});
+    return cut(scan, balanced_tile(channels, wide_tile, 16), 4, {132 * 16 / 2, 132 * 16 * 4});
 }
 
 // The fused forward (fused.cuh). Where the features are eight or less ("small"), all of them and the next turn's inputs

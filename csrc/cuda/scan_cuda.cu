@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <limits>
+#include <vector>
 
 #include "backward_wide_layout.cuh"
 #include "kernels.h"
@@ -15,7 +16,17 @@
 
 namespace vmamba::cuda {
 
-void check(cudaError_t status) { STD_CUDA_CHECK(status); }
+void check(cudaError_t status) {
+    STD_TORCH_CHECK(status != cudaErrorNoKernelImageForDevice,
+                    "vmamba was built without code for this GPU; reinstall from source with its compute capability in "
+                    "TORCH_CUDA_ARCH_LIST: TORCH_CUDA_ARCH_LIST=9.0 pip install --no-build-isolation .");
+    STD_CUDA_CHECK(status);
+}
+
+void check_device() {
+    size_t free = 0, total = 0;
+    check(cudaMemGetInfo(&free, &total));
+}
 
 cudaStream_t current_stream(int device) {
     void* stream = nullptr;
@@ -59,27 +70,39 @@ void check_supported(const Scan& scan, Scalar result_dtype) {
                     "selective_scan on CUDA returns float32 or the dtype of u");
     STD_TORCH_CHECK(scan.length > 0 || scan.steps == 0, "selective_scan on CUDA needs a map of at least one position");
     STD_TORCH_CHECK(scan.channels > 0 && scan.states > 0, "selective_scan on CUDA needs channels and states");
-    STD_TORCH_CHECK(scan.rank <= 128, "selective_scan on CUDA takes a dt rank up to 128, got ", scan.rank);
+    STD_TORCH_CHECK(scan.rank <= kMostRank, "selective_scan on CUDA takes a dt rank up to ", kMostRank, ", got ",
+                    scan.rank);
+    constexpr int64_t kMost = std::numeric_limits<uint32_t>::max();
+    STD_TORCH_CHECK(scan.length <= kMost / (scan.channels % 8 == 0 ? scan.channels / 8 : scan.channels) &&
+                        scan.length <= kMost / (scan.directions * (scan.rank + 2 * scan.states)),
+                    "selective_scan on CUDA takes no map as large as ", scan.length, " positions of ", scan.channels,
+                    " channels");
 }
 
-// The most shared memory a block can have on the current device; asked once.
-int64_t shared_memory_limit() {
-    static const int64_t limit = [] {
-        int device = 0, bytes = 0;
-        check(cudaGetDevice(&device));
-        check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-        return bytes;
+// The most shared memory a block can have on a device; asked once for all devices.
+int64_t shared_memory_limit(int device) {
+    static const std::vector<int64_t> limits = [] {
+        int devices = 0;
+        check(cudaGetDeviceCount(&devices));
+        std::vector<int64_t> found;
+        for (int i = 0; i < devices; ++i) {
+            int bytes = 0;
+            check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, i));
+            found.push_back(bytes);
+        }
+        return found;
     }();
-    return limit;
+    return limits.at(device);
 }
 
-// Channels of a block in the backward of many states, at most.
-int wide_tile(const Scan& scan) {
-    const int64_t bytes = BackwardWideShared<kWideTile>(static_cast<int>(scan.rank)).bytes;
-    return bytes <= shared_memory_limit() ? kWideTile : kSmallWideTile;
+Cut cut_of_backward(const Scan& scan, int64_t limit) {
+    const int rank = static_cast<int>(scan.rank);
+    const bool large = BackwardWideShared<kWideTile>(rank).bytes <= limit;
+    STD_TORCH_CHECK(scan.states == 1 || large || BackwardWideShared<kSmallWideTile>(rank).bytes <= limit,
+                    "the gradient of a selective scan of several states takes a smaller dt rank than ", rank,
+                    " on this GPU, whose blocks have ", limit, " bytes of shared memory");
+    return backward_cut(scan, limit, large ? kWideTile : kSmallWideTile);
 }
-
-bool use_fused(const Scan& scan) { return fused_takes(scan, shared_memory_limit()); }
 
 struct ForwardMemory {
     Prepared prepared;
@@ -87,9 +110,9 @@ struct ForwardMemory {
     void* partial;  // results per slice and step, where they are not the result themselves
     Visits visits;
     int64_t bytes;
-    ForwardMemory(const Scan& scan, const Cut& cut, void* base) {
+    ForwardMemory(const Scan& scan, const Cut& cut, bool fused, void* base) {
         Arena arena(base);
-        if (use_fused(scan)) {
+        if (fused) {
             prepared.padded = fused_padded_steps(scan);
             prepared.places = arena.take<int16_t>(scan.directions * prepared.padded);
             prepared.offsets = arena.take<uint16_t>(scan.directions * prepared.padded);
@@ -184,15 +207,20 @@ void gather_channels(const Scan& scan, const Cut& cut, const Visits& visits, con
 
 }  // namespace
 
-int64_t forward_workspace(const Scan& scan) { return ForwardMemory(scan, forward_cut(scan), nullptr).bytes; }
+int64_t forward_workspace(const Scan& scan, int device) {
+    const int64_t limit = shared_memory_limit(device);
+    return ForwardMemory(scan, forward_cut(scan, limit), fused_takes(scan, limit), nullptr).bytes;
+}
 
 void forward(const Scan& scan, void* out, Scalar out_dtype, float* checkpoints, void* workspace, int device) {
     check_supported(scan, out_dtype);
     const torch::stable::accelerator::DeviceGuard guard(device);
     const cudaStream_t stream = current_stream(device);
-    const Cut cut = forward_cut(scan);
-    const ForwardMemory memory(scan, cut, workspace);
-    if (use_fused(scan)) {
+    const int64_t limit = shared_memory_limit(device);
+    const Cut cut = forward_cut(scan, limit);
+    const bool fused = fused_takes(scan, limit);
+    const ForwardMemory memory(scan, cut, fused, workspace);
+    if (fused) {
         FusedArgs args;
         args.scan = scan;
         args.out = out;
@@ -231,8 +259,8 @@ void forward(const Scan& scan, void* out, Scalar out_dtype, float* checkpoints, 
     }
 }
 
-int64_t backward_workspace(const Scan& scan) {
-    return BackwardMemory(scan, backward_cut(scan, wide_tile(scan)), nullptr).bytes;
+int64_t backward_workspace(const Scan& scan, int device) {
+    return BackwardMemory(scan, cut_of_backward(scan, shared_memory_limit(device)), nullptr).bytes;
 }
 
 void backward(const Scan& scan, const void* grad, Scalar grad_dtype, const float* checkpoints,
@@ -240,7 +268,7 @@ void backward(const Scan& scan, const void* grad, Scalar grad_dtype, const float
     check_supported(scan, grad_dtype);
     const torch::stable::accelerator::DeviceGuard guard(device);
     const cudaStream_t stream = current_stream(device);
-    const Cut cut = backward_cut(scan, wide_tile(scan));
+    const Cut cut = cut_of_backward(scan, shared_memory_limit(device));
     const BackwardMemory memory(scan, cut, workspace);
 
     BackwardArgs args;

@@ -6,11 +6,14 @@
 
 namespace vmamba::cuda {
 
-int64_t forward_workspace(const Scan& scan);
+int64_t forward_workspace(const Scan& scan, int device);
 void forward(const Scan& scan, void* out, Scalar out_dtype, float* checkpoints, void* workspace, int device);
 
-int64_t backward_workspace(const Scan& scan);
+int64_t backward_workspace(const Scan& scan, int device);
 void backward(const Scan& scan, const void* grad, Scalar grad_dtype, const float* checkpoints,
               const Gradients& gradients, void* workspace, int device);
+
+// Throws what an earlier kernel left behind, if it failed: every call fails from then on, whatever it asks for.
+void check_device();
 
 }  // namespace vmamba::cuda

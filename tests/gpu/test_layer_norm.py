@@ -94,3 +94,22 @@ def test_compiled_norms_agree(training):
         inputs = (x, branch, weight, bias)
         pairs = zip(torch.autograd.grad(got, inputs, grad), torch.autograd.grad(want, inputs, grad), strict=True)
         assert all(relative_error(a, b.double()) < 2e-6 for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_views_that_start_in_the_middle_of_a_pack(dtype):
+    torch.manual_seed(0)
+    channels, buffer = 96, torch.randn(1 + 96 * 12, device="cuda")
+    x = buffer[1:].view(12, channels).to(dtype)
+    x = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(12, channels)
+    weight, bias = buffer[1 : 1 + channels], buffer[3 : 3 + channels]
+    assert x.data_ptr() % (4 * x.element_size()) and weight.data_ptr() % 16
+    inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    got = layer_norm(*inputs)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    want = F.layer_norm(exact[0], (channels,), exact[1], exact[2])
+    assert relative_error(got, want) < TOLERANCE[dtype]
+    grad = torch.cat([got.new_zeros(1), torch.randn_like(got).flatten()])[1:].view_as(got)
+    found, wanted = torch.autograd.grad(got, inputs, grad), torch.autograd.grad(want, exact, grad.double())
+    for name, gradient, right in zip(("x", "weight", "bias"), found, wanted, strict=True):
+        assert relative_error(gradient, right) < TOLERANCE[dtype if name == "x" else torch.float32], name

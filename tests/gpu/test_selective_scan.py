@@ -292,3 +292,23 @@ def test_cuda_graph(states, size):
     torch.cuda.synchronize()
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["route", "A", "dt", "dt_weight"])
+def test_a_tensor_on_the_cpu_is_refused(name):
+    """By the operator itself too: a kernel would follow a pointer of another device."""
+    arguments = {**make_inputs(1, 16, 8, 1, 1, rank=2), "route": get_route("raster", 4, 4, "cuda")}
+    arguments[name] = arguments[name].cpu()
+    with pytest.raises(ValueError, match=f"{name} is on cpu, but u is on cuda:0"):
+        selective_scan(**arguments)
+    names = ("u", "dt", "A", "B", "C", "D", "dt_weight", "dt_bias", "route")
+    raw = [arguments.get(key) for key in names]
+    with pytest.raises(RuntimeError, match=f"{name} is on the CPU but u is on cuda:0"):
+        torch.ops.vmamba.selective_scan_forward(*raw, None, None, True, "merged", torch.float32, 0)
+
+
+def test_steps_far_below_zero_without_softplus_have_gradients():
+    inputs = make_inputs(1, 16, 32, 1, 1, rank=0, dtype=torch.bfloat16)
+    inputs["dt"], inputs["A"] = torch.full_like(inputs["dt"], -100.0), torch.full_like(inputs["A"], 1e-3)
+    del inputs["dt_bias"]
+    check(inputs, torch.bfloat16, route=get_route("raster", 4, 4, "cuda"), dt_softplus=False)

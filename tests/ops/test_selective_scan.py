@@ -189,6 +189,13 @@ def test_nan_is_not_swallowed():
         (dict(C=None), "needs C"),
         (dict(dt_bias=torch.zeros(4, 6)), "dt_bias must be"),
         (dict(route=torch.zeros(12, dtype=torch.int32)), r"route must be \(K, T\)"),
+        (dict(route=torch.zeros(0, 6, dtype=torch.int32)), "at least one direction"),
+        (dict(dt=torch.zeros(2, 12, 4, 0), dt_weight=torch.zeros(4, 5, 0)), "dt_weight must expand"),
+        (
+            dict(A=torch.zeros(4, 5, 2, device="meta")),
+            r"A is on meta, but u is on cpu; move it there: A.to\(u.device\)",
+        ),
+        (dict(route=torch.zeros(4, 6, dtype=torch.int32, device="meta")), "route is on meta, but u is on cpu"),
         (dict(result="sum"), "result must be one of merged, steps, states, got 'sum'"),
         (dict(backend="cuda"), "backend must be one of"),
     ],
@@ -205,6 +212,10 @@ def test_wrong_dtypes_are_explained():
         selective_scan(**PLAIN.inputs(), **PLAIN.tables())
     with pytest.raises(TypeError, match="u, dt, B and C must share one dtype"):
         selective_scan(**{**inputs, "dt": inputs["dt"].half()}, **PLAIN.tables())
+    tables = PLAIN.tables()
+    for backend in ("kernel", "reference"):
+        with pytest.raises(TypeError, match=r"route must be torch.int32, got torch.int64; cast it: route.to"):
+            selective_scan(**inputs, **{**tables, "route": tables["route"].long()}, backend=backend)
 
 
 def test_too_large_a_result_is_out_of_memory():

@@ -87,7 +87,7 @@ def _has_kernel(x: Tensor, out_dtype: torch.dtype, training: bool) -> bool:
         and (training or not torch.compiler.is_compiling())
         and extension.has_kernel("cuda")
         and channels % 4 == 0
-        and channels <= _MOST_CHANNELS
+        and 0 < channels <= _MOST_CHANNELS
         and x.dtype in _FLOATS
         and out_dtype in (x.dtype, torch.float32, *(_FLOATS if x.dtype == torch.float32 else ()))
     )

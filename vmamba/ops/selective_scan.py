@@ -70,14 +70,16 @@ def selective_scan(
         The result asked for. Differentiable in every floating input; not twice. Deterministic.
 
     Raises:
-        ValueError: on shapes that do not fit together, with the shape that was expected.
-        TypeError: on a dtype the backend does not take.
+        ValueError: on shapes that do not fit together, with the shape that was expected, or on several devices.
+        TypeError: on a dtype the backend does not take, or a table of another dtype.
         RuntimeError: if no kernel for ``u``'s device is built, with the cure.
     """
     if result not in get_args(Result):
         raise ValueError(f"result must be one of {', '.join(get_args(Result))}, got '{result}'")
     if route is None:
         route = _raster_for(u, dt, A, B)
+    tables = {"route": route, "param_route": param_route, "reset": reset}
+    _check_places(u, dt=dt, A=A, B=B, C=C, D=D, dt_weight=dt_weight, dt_bias=dt_bias, **tables)
     _check_shapes(u, dt, A, B, C, D, dt_weight, dt_bias, route, param_route, reset, result)
     if recording.is_recording():
         recording.note(u, dt, A, B, C, D, dt_weight, dt_bias, route, param_route, reset, dt_softplus, result)
@@ -97,6 +99,22 @@ def selective_scan(
 def _raster_for(u: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> Tensor:
     directions = max(u.shape[1] if u.dim() == 4 else 1, dt.shape[2], A.shape[0], B.shape[2])
     return torch.arange(u.shape[-2], dtype=torch.int32, device=u.device).repeat(directions, 1)
+
+
+def _check_places(u: Tensor, **others: Tensor | None) -> None:
+    """Raises ValueError for a tensor on another device than ``u``, TypeError for a table of another dtype."""
+    device = u.device
+    for name, x in others.items():
+        if x is None:
+            continue
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device}, but u is on {device}; move it there: {name}.to(u.device)")
+        dtype = _TABLE_DTYPES.get(name)
+        if dtype is not None and x.dtype is not dtype:
+            raise TypeError(f"{name} must be {dtype}, got {x.dtype}; cast it: {name}.to({dtype})")
+
+
+_TABLE_DTYPES = {"route": torch.int32, "param_route": torch.int32, "reset": torch.bool}
 
 
 def _check_shapes(
@@ -122,6 +140,8 @@ def _check_shapes(
         raise ValueError(f"A must be (K, D, N), got {tuple(A.shape)}")
     batch, length, channels = u.shape[0], u.shape[-2], u.shape[-1]
     directions, state = route.shape[-2], A.shape[-1]
+    if directions == 0:
+        raise ValueError(f"route must have at least one direction, got {tuple(route.shape)}")
     shared = (1, directions)
     if u.dim() == 4 and u.shape[1] != directions:
         raise ValueError(f"u has {u.shape[1]} directions but route has {directions}: {tuple(u.shape)}")
@@ -139,6 +159,8 @@ def _check_shapes(
             raise ValueError(f"{name} must be {expected} (a pair is a choice), got {tuple(x.shape)}")
 
     rank = channels if dt_weight is None else dt_weight.shape[-1]
+    if rank == 0 and dt_weight is not None:
+        raise ValueError(f"dt_weight must expand steps of a rank of at least one, got {tuple(dt_weight.shape)}")
     check("A", A, shared, channels, state)
     check("dt", dt, batch, length, shared, rank)
     check("B", B, batch, length, shared, state)
