@@ -8,7 +8,7 @@ _base_ = ["mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py", "./coco_instance_
 
 norm_cfg = dict(type="LN2d", eps=1e-6)
 model = dict(
-    data_preprocessor=dict(batch_augments=[dict(type="BatchFixedSizePad", size=(1024, 1024), pad_mask=True)]),
+    data_preprocessor=dict(pad_size_divisor=1024),  # squares in tests too: no side is longer
     backbone=dict(_delete_=True, type="VimDetBackbone", img_size=1024, drop_path_rate=0.1),
     neck=None,  # the backbone ends with its pyramid
     rpn_head=dict(num_convs=2),

@@ -13,6 +13,9 @@ from PIL import Image
 
 from tests.running import make_folder, one_line, start, train, vmamba
 from vmamba.training import checkpoint
+from vmamba.training.config import load
+from vmamba.training.model_factory import ModelRequest, create_from
+from vmamba.training.trainer import _build_model
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +115,57 @@ def test_fine_tuning_from_a_run_with_other_classes(run, tmp_path):
     assert "4 classes" in result.out
 
 
+def test_fine_tuning_keeps_to_the_settings(run, data, tmp_path):
+    """Those of the command line, not those of the run that the weights come from."""
+    settings = ("--drop-path-rate", 0.3, "--drop-rate", 0.2)
+    first = ("--initial-checkpoint", run[0] / "best.pth", *settings)
+    assert train(data, tmp_path, "run", *first).status == 0
+    config = load(str(tmp_path / "run" / "config.yaml"))
+    model = _build_model(config, 3, fresh=True)
+    assert model.head.drop.p == 0.2
+    assert model.stages[-1].blocks[-1].drop_path.drop_prob == pytest.approx(0.3)
+    assert_same_weights(_build_model(config, 3, fresh=True), checkpoint.read(run[0] / "best.pth")["state_dict"])
+
+
+def assert_same_weights(model, weights):
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_fine_tuning_of_another_shape_is_refused_before_it_starts(data, tmp_path):
+    assert train(data, tmp_path, "wide", "--model-kwargs", "{ssm_ratio: 2.0}").status == 0
+    message = one_line(train(data, tmp_path, "run", "--initial-checkpoint", tmp_path / "wide" / "best.pth"))
+    assert "best.pth (weights of 'test_vmamba') does not fit" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("classes", [3, 7])
+def test_fine_tuning_from_a_foreign_file(data, tmp_path, classes):
+    model = timm.create_model("test_vmamba", num_classes=classes)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "foreign.pth")
+    result = train(data, tmp_path, "run", "--initial-checkpoint", tmp_path / "foreign.pth")
+    assert result.status == 0, result.err
+    config = load(str(tmp_path / "run" / "config.yaml"))
+    started = _build_model(config, 3, fresh=True)
+    assert started.num_classes == 3
+    kept = {key: value for key, value in model.state_dict().items() if classes == 3 or not key.startswith("head.")}
+    assert all(torch.equal(started.state_dict()[key], value) for key, value in kept.items())
+
+
+def test_weights_of_a_larger_stride_start_vim_of_a_smaller_one(tmp_path):
+    """Vim's own way to its best figures: only the position embedding changes, which its filter resizes."""
+    small = {"embed_dim": 32, "depth": 2, "img_size": 32}
+    model = timm.create_model("vim_tiny_patch16_224", num_classes=3, **small)
+    torch.save(
+        {"format": checkpoint.WEIGHTS_FORMAT, "arch": "vim_tiny_patch16_224", "state_dict": model.state_dict()},
+        tmp_path / "best.pth",
+    )
+    request = ModelRequest("vim_tiny_patch16_stride8_224", kwargs=small)
+    started = create_from(request, tmp_path / "best.pth")
+    assert started.pos_embed.shape != model.pos_embed.shape
+    rest = {key: value for key, value in model.state_dict().items() if key != "pos_embed"}
+    assert all(torch.equal(started.state_dict()[key], value) for key, value in rest.items())
+
+
 def test_any_timm_model(data, tmp_path):
     assert train(data, tmp_path, "a", "--model", "test_convnext").status == 0
     # one that is built for a fixed size of image
@@ -159,7 +213,7 @@ def test_wrong_initial_checkpoint(data, tmp_path, run):
     message = one_line(
         train(data, tmp_path, "run", "--model", "test_convnext", "--initial-checkpoint", run[0] / "best.pth")
     )
-    assert "holds weights of 'test_vmamba', not of 'test_convnext'" in message
+    assert "best.pth (weights of 'test_vmamba') does not fit" in message
 
 
 def test_missing_and_empty_data(tmp_path):

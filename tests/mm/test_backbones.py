@@ -377,6 +377,8 @@ def test_both_packages_find_the_backbones(package):
         ("vim_seg", {"stride": 4}, "of stride 16 or 8, got one of 4"),
         ("vim_det", {"stride": 8}, "of stride 16, got one of 8"),
         ("vmamba", {"init_cfg": {"type": "Kaiming"}}, "expected dict.type='Pretrained'"),
+        ("vmamba", {"init_cfg": [{"type": "Pretrained", "checkpoint": "x"}] * 2}, "expected dict.type='Pretrained'"),
+        ("vmamba", {"num_classes": 5}, "has no classifier; give num_classes to the heads"),
     ],
 )
 def test_one_line_for_a_mistaken_config(kind, changes, message):

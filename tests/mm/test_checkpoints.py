@@ -135,9 +135,11 @@ def test_by_name(said, tmp_path, monkeypatch):
 def test_init_cfg_says_the_same(save):
     own = timm.create_model("test_vmamba").state_dict()
     file = save(own)
-    backbone = build(init_cfg={"type": "Pretrained", "checkpoint": file})
-    backbone.init_weights()
-    assert torch.equal(backbone.model.stem.conv1.weight, own["stem.conv1.weight"])
+    said = {"type": "Pretrained", "checkpoint": file}
+    for init_cfg in (said, [said]):
+        backbone = build(init_cfg=init_cfg)
+        backbone.init_weights()
+        assert torch.equal(backbone.model.stem.conv1.weight, own["stem.conv1.weight"])
     with pytest.raises(UserError, match=r"both pretrained=.* and init_cfg name weights"):
         build(pretrained=file, init_cfg={"type": "Pretrained", "checkpoint": file})
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,9 +16,12 @@ pytest.importorskip("mmdet", reason="needs the mm extra")
 pytest.importorskip("mmseg", reason="needs the mm extra")
 
 import mmengine.config.utils
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
 from mmengine.dataset import Compose
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, DefaultScope
+from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, DefaultScope
+from mmengine.structures import InstanceData
 
 from tests.models.golden import golden
 from tests.running import ROOT, vmamba
@@ -147,6 +151,21 @@ def test_operations(name):
     assert row.flops == ("" if published is None else f"{published / 1e9:.3f}")
     if row.published_flops and not OTHER_FLOPS & set(row.note.split()):
         assert meets(published / 1e9, row.published_flops, row.note)
+
+
+@pytest.mark.parametrize("name", ["vim_tiny_cascade_mask_rcnn_100ep", "vim_base_mask_rcnn_100ep"])
+@pytest.mark.parametrize("training", [False, True])
+def test_vims_detectors_see_squares_of_one_size(name, training):
+    """In tests too: the position embedding was trained on no other grid."""
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        preprocessor = MODELS.build(settings(name).model.data_preprocessor)
+    sample = DetDataSample(metainfo={"img_shape": (683, 1024)})
+    sample.gt_instances = InstanceData(masks=BitmapMasks(np.zeros((1, 683, 1024), np.uint8), 683, 1024))
+    data = preprocessor({"inputs": [torch.zeros(3, 683, 1024)], "data_samples": [sample]}, training)
+    assert data["inputs"].shape == (1, 3, 1024, 1024)
+    (sample,) = data["data_samples"]
+    assert sample.batch_input_shape == (1024, 1024)
+    assert not training or sample.gt_instances.masks.masks.shape == (1, 1024, 1024)
 
 
 _COSTS: dict[str, tuple[int, int, Cost, int | None]] = {}

@@ -21,7 +21,7 @@ from tests.running import ROOT, one_line, vmamba
 from vmamba.errors import UserError
 from vmamba.mm.data_checks import check_data
 from vmamba.mm.demonstration import prepare_classifier, prepare_scenes
-from vmamba.mm.settings import read_settings
+from vmamba.mm.settings import load_settings
 
 LOADERS = ("train_dataloader", "val_dataloader")
 
@@ -202,7 +202,7 @@ def spoil_coco(folder, change):
 
 
 def complaint(config, *options):
-    settings = read_settings(config, dict(option.split("=", 1) for option in options))
+    settings = load_settings(config, dict(option.split("=", 1) for option in options))
     with pytest.raises(UserError) as caught:
         check_data(settings, *LOADERS)
     message = str(caught.value)
@@ -212,7 +212,7 @@ def complaint(config, *options):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_good_data_passes(config):
-    check_data(read_settings(config), *LOADERS, "test_dataloader")
+    check_data(load_settings(config), *LOADERS, "test_dataloader")
 
 
 def rename_category(coco):
@@ -291,7 +291,7 @@ def test_image_of_one_channel(config, own_data):
     """Grey files are read as colour, unless a configuration says otherwise."""
     file = own_data / "images" / "training" / "train_000002.jpg"
     Image.open(file).convert("L").save(file)
-    check_data(read_settings(config), *LOADERS)
+    check_data(load_settings(config), *LOADERS)
     message = complaint(config, "train_dataloader.dataset.pipeline.0.color_type=unchanged")
     assert "train_000002.jpg has 1 channel(s) as color_type='unchanged' reads it" in message
 
@@ -306,7 +306,7 @@ def test_damage_that_only_loading_finds(own_data, tmp_path):
 
 def test_wrapped_data_is_looked_at(own_data):
     (own_data / "images" / "training" / "train_000002.jpg").unlink()
-    inner = read_settings("digits_mask_rcnn").train_dataloader.dataset
+    inner = load_settings("digits_mask_rcnn").train_dataloader.dataset
     wrapped = dict(type="RepeatDataset", times=2, dataset=dict(type="ConcatDataset", datasets=[inner]))
     settings = Config(dict(model=dict(), train_dataloader=dict(dataset=wrapped)))
     with pytest.raises(UserError, match=r"lists train_000002.jpg, which is not in"):
@@ -316,17 +316,17 @@ def test_wrapped_data_is_looked_at(own_data):
 def test_data_is_made_where_it_is_missing(tmp_path, capfd):
     options = {"digit_scenes.train": 2, "digit_scenes.val": 1, "digit_scenes.size": 64}
     with scenes_in(tmp_path / "new"):
-        prepare_scenes(read_settings("digits_upernet", options))
+        prepare_scenes(load_settings("digits_upernet", options))
         assert f"made {tmp_path / 'new'}: scenes of handwritten digits" in capfd.readouterr().out
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / "new").rglob("*")}
-        prepare_scenes(read_settings("digits_upernet"))  # with another recipe: what is there is used
+        prepare_scenes(load_settings("digits_upernet"))  # with another recipe: what is there is used
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "new").rglob("*")}
     assert len(list((tmp_path / "new" / "images").rglob("*.jpg"))) == 3
 
 
 def test_classifier_is_trained_where_it_is_missing(tmp_path, capfd):
     file = tmp_path / "runs" / "classifier" / "best.pth"
-    settings = read_settings("digits_upernet", {"digits_classifier": str(file)})
+    settings = load_settings("digits_upernet", {"digits_classifier": str(file)})
     prepare_classifier(settings, "--epochs", "1", "--warmup-epochs", "0")
     assert f"no {file} yet: training a classifier of digits" in capfd.readouterr().out
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["classifier"]
@@ -339,7 +339,7 @@ def test_classifier_is_trained_where_it_is_missing(tmp_path, capfd):
 
 
 def test_classifier_that_cannot_be_trained(tmp_path, capfd):
-    settings = read_settings("digits_upernet", {"digits_classifier": str(tmp_path / "classifier" / "best.pth")})
+    settings = load_settings("digits_upernet", {"digits_classifier": str(tmp_path / "classifier" / "best.pth")})
     with pytest.raises(UserError, match=r"could not be trained \(exit status 2\)"):
         prepare_classifier(settings, "--epochs", "none")
     assert not list(tmp_path.iterdir())

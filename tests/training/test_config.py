@@ -37,9 +37,15 @@ def test_published_recipe(name):
 
 @pytest.mark.parametrize("name", bundled())
 def test_bundled_recipes_are_valid_and_their_models_exist(name):
-    config = load(name)
+    config = load(name, {"initial_checkpoint": "weights.pth"})  # which some start from
     default_cfg(config.model)
     assert parse(yaml.safe_load(dump(config)), "again") == config
+
+
+@pytest.mark.parametrize("name", ["vim_tiny_patch16_stride8_224", "vim_small_patch16_stride8_224"])
+def test_fine_tuning_does_not_start_from_random_weights(name):
+    with pytest.raises(UserError, match="its rates are for trained weights; give --initial-checkpoint"):
+        load(name)
 
 
 def test_every_field_says_what_it_is():
@@ -107,6 +113,7 @@ def test_unknown_recipe_names_the_nearest():
         (None, None, "digits"),
         ("resnet18", "digits", "digits"),
         ("vmamba_tiny_s1l8", "photos", "vmamba_tiny_s1l8"),
+        ("vmamba_tiny_s1l8.in1k", "photos", "vmamba_tiny_s1l8"),
         ("resnet18", "photos", "_imagenet"),
     ],
 )

@@ -20,7 +20,6 @@ class PatchStem(nn.Module):
     Up to three last rows and columns of the image that fill no patch are not seen.
     """
 
-    first_conv = "conv"
     reduction = 4
 
     def __init__(
@@ -43,8 +42,6 @@ class ConvStem(nn.Module):
 
     The sizes are rounded up; s is the product of the strides, 4 unless said.
     """
-
-    first_conv = "conv1"
 
     def __init__(
         self,
@@ -74,8 +71,6 @@ class ResidualConvStem(nn.Module):
     Maps (batch, C, H, W) to (batch, H / s, W / s, dim). The sizes are rounded up; s is the product of the strides, 4
     unless said. Nothing is normalised or activated after the last convolution but by its batch norm.
     """
-
-    first_conv = "conv1.conv"
 
     def __init__(
         self,

@@ -66,10 +66,12 @@ class DenseBackbone(BaseModule):
         drop_path_rate: float = 0.0,
         with_cp: bool = False,
         pretrained: str | bool | None = None,
-        init_cfg: dict[str, Any] | None = None,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
         **model_kwargs: Any,
     ) -> None:
         super().__init__()
+        if "num_classes" in model_kwargs:
+            raise UserError(f"backbone '{model_name}' has no classifier; give num_classes to the heads")
         self.model_name = model_name
         self.model_kwargs = {"drop_path_rate": drop_path_rate, **model_kwargs}
         self.pretrained = pretrained_source(pretrained, init_cfg)

@@ -23,8 +23,13 @@ if TYPE_CHECKING:
 Source = str | bool
 """Where weights come from: True for the model's own, a name, a file or a URL."""
 
+InitCfg = dict[str, Any] | list[dict[str, Any]] | None
+"""MMEngine's way to say it."""
 
-def pretrained_source(pretrained: Source | None, init_cfg: dict[str, Any] | None) -> Source | None:
+
+def pretrained_source(
+    pretrained: Source | None, init_cfg: dict[str, Any] | list[dict[str, Any]] | None
+) -> Source | None:
     """Where to take weights from, given the two ways in which a config says so; None for nowhere.
 
     Raises:
@@ -33,9 +38,11 @@ def pretrained_source(pretrained: Source | None, init_cfg: dict[str, Any] | None
     said = None if pretrained in (None, False, "") else pretrained
     if isinstance(said, str) and said.lower() == "true":
         said = True
+    if isinstance(init_cfg, list) and len(init_cfg) == 1:  # as MMEngine allows
+        init_cfg = init_cfg[0]
     if init_cfg is None:
         return said
-    if init_cfg.get("type") != "Pretrained" or not init_cfg.get("checkpoint"):
+    if not isinstance(init_cfg, dict) or init_cfg.get("type") != "Pretrained" or not init_cfg.get("checkpoint"):
         raise UserError(
             f"init_cfg {init_cfg}: expected dict(type='Pretrained', checkpoint=...), since every family brings its own "
             "initialisation"

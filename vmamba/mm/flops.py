@@ -38,14 +38,14 @@ MASKS = 100
 def published_size(cfg: Config) -> tuple[int, int]:
     """Height and width of the image that published tables count with.
 
-    A detector's is 800x1280 (the shorter side of a test image is 800), a segmentor's four times as wide as the crops it
-    was trained on. Where tests pad images to squares or slide a window over them, it is the square or the window.
+    A detector's is 800x1280 (the shorter side of a test image is 800), or the square that it pads every image to. A
+    segmentor's is four times as wide as the crops it was trained on, or the window that it slides over an image.
     """
     if cfg.default_scope == "mmseg":
         height, width = cfg.model.data_preprocessor.size
         return (height, width) if cfg.model.test_cfg.mode == "slide" else (height, 4 * width)
-    padding = cfg.model.data_preprocessor.get("batch_augments")
-    return padding[0].size if padding else (800, 1280)
+    side = cfg.model.data_preprocessor.pad_size_divisor
+    return (side, side) if side > 800 else (800, 1280)
 
 
 def build_on_meta(cfg: Config) -> Any:

@@ -18,7 +18,7 @@ from vmamba.cli.predict import read_images
 from vmamba.errors import UserError
 from vmamba.mm.mistakes import in_one_line
 from vmamba.mm.packages import require
-from vmamba.mm.settings import add_config_arguments, read_settings
+from vmamba.mm.settings import add_config_arguments, load_settings
 from vmamba.mm.trained import load_trained
 from vmamba.training.distributed import join
 
@@ -44,7 +44,7 @@ def run(args: Namespace) -> None:
     if not 0 <= args.score <= 1:
         raise UserError(f"--score is {args.score}, expected 0 to 1")
     output = Path(args.output)
-    settings = read_settings(args.config, args.cfg_options)
+    settings = load_settings(args.config, args.cfg_options)
     with in_one_line(), on_terminal(), join(args.device) as process:
         predictor = Predictor(settings, args.checkpoint, process.device)
         drawn = 0

@@ -25,12 +25,6 @@ def add_config_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def read_settings(name: str, options: dict[str, Any] | None = None) -> Config:
-    """:func:`load_settings`, and make the configuration's data if it is the package's own and missing."""
-    settings = load_settings(name, options)
-    return settings
-
-
 def load_settings(name: str, options: dict[str, Any] | None = None) -> Config:
     """Read a configuration.
 

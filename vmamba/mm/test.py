@@ -10,7 +10,7 @@ from vmamba.mm.data_checks import check_data
 from vmamba.mm.demonstration import prepare_scenes
 from vmamba.mm.mistakes import in_one_line
 from vmamba.mm.processes import joined
-from vmamba.mm.settings import add_config_arguments, read_settings
+from vmamba.mm.settings import add_config_arguments, load_settings
 from vmamba.mm.trained import load_trained
 
 
@@ -25,7 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     """Measure on the test data."""
-    settings = read_settings(args.config, args.cfg_options)
+    settings = load_settings(args.config, args.cfg_options)
     settings.load_from, settings.resume = None, False
     if args.work_dir:
         settings.work_dir = args.work_dir

@@ -43,6 +43,7 @@ class TrainConfig:
     model: str = _model("vmamba_nano_32", "any model name timm knows, with or without a tag")
     pretrained: bool = _model(False, "start from the published weights")
     initial_checkpoint: str | None = _model(None, "start from the weights in this file; the head adapts to the data")
+    fine_tuning: bool = _model(False, "the rates are for trained weights: refuse to start from random ones")
     num_classes: int | None = _model(None, "number of classes; null: as many as the data has")
     img_size: int | None = _model(None, "side of the input in pixels; null: the model's own")
     drop_rate: float | None = _model(None, "dropout before the classifier; null: the model's own")
@@ -155,9 +156,10 @@ def default_recipe(model: str | None, data: str | None) -> str:
 
     The digits have their own. Other data gets the published recipe of the model, or the common ImageNet recipe.
     """
-    if data in (None, DIGITS) and (model is None or model not in bundled()):
-        return DIGITS
-    return model if model in bundled() else "_imagenet"
+    published = None if model is None else model.partition(".")[0]  # without the tag of its weights
+    if published in bundled():
+        return published
+    return DIGITS if data in (None, DIGITS) else "_imagenet"
 
 
 def bundled() -> dict[str, Path]:
@@ -272,6 +274,11 @@ def _check(config: TrainConfig, origin: str) -> None:
 
     require(config.amp in AMP_CHOICES, "amp", " or ".join(AMP_CHOICES))
     require(config.mixup_mode in MIXUP_MODES, "mixup_mode", " or ".join(MIXUP_MODES))
+    if config.fine_tuning and not (config.pretrained or config.initial_checkpoint):
+        raise UserError(
+            f"{origin}: its rates are for trained weights; give --initial-checkpoint FILE or --pretrained, or another "
+            "--config to train from random weights"
+        )
     require(config.epochs > 0, "epochs", "at least 1")
     require(
         0 <= config.warmup_epochs < config.epochs, "warmup_epochs", f"0 or more and less than epochs ({config.epochs})"

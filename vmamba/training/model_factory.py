@@ -1,11 +1,11 @@
 """From a model name or a checkpoint to a model, with errors a user can act on."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import timm
 import torch
 from timm.data import resolve_data_config
@@ -14,6 +14,7 @@ from torch import nn
 
 import vmamba.models  # noqa: F401  (registers this package's models with timm)
 from vmamba.errors import UserError, nearest
+from vmamba.models._checkpoint import read, unwrap
 from vmamba.training import checkpoint
 
 
@@ -100,24 +101,58 @@ def create(request: ModelRequest, pretrained: bool = False) -> nn.Module:
         raise UserError(f"cannot get {what} '{request.name}': {' '.join(str(error).split())[:300]}") from error
 
 
-def create_with_weights(request: ModelRequest, path: Path) -> nn.Module:
-    """Build a model and load a file into it, in the published layout or timm's, strictly.
+def create_from(request: ModelRequest, path: Path) -> nn.Module:
+    """Build the model that is asked for and load a file into it strictly, whatever the number of its classes.
 
-    The file goes through timm's loading of pretrained weights, and so through the ``checkpoint_filter_fn`` of the
-    model's family.
+    Args:
+        request: The model; the weights may be another's, where its family converts them, as Vim's filter resizes
+            position embeddings.
+        path: ``best.pth`` or ``last.pth`` of a run, or weights in the published layout or timm's.
+
+    Returns:
+        The model, with as many outputs as the file's classifier has.
     """
-    arguments = request.arguments()
-    # timm loads strictly only if the classifier has as many outputs as its cfg says the weights have.
-    num_classes = arguments.setdefault("num_classes", default_cfg(request.name).num_classes)
-    overlay = {"file": str(path), "custom_load": False, "num_classes": num_classes}
+    content = _read(path)
+    weights, whose = content, str(path)
+    if checkpoint.FORMAT_KEY in content:
+        weights, whose = _best_weights(content), f"{path} (weights of '{content['arch']}')"
+    model: Any = create(request)
     try:
-        return timm.create_model(request.name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
-    except UserError:
-        raise
-    except RuntimeError as error:
-        raise UserError(checkpoint.mismatch_message(error, str(path))) from error
-    except (KeyError, ValueError, AttributeError, TypeError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} does not fit '{request.name}': {type(error).__name__}: {error}") from error
+        weights = _layout_filter(request.name)(weights, model)
+    except UserError as error:
+        raise UserError(f"{whose} {error}") from error
+    except (KeyError, ValueError, AttributeError, TypeError, RuntimeError) as error:
+        raise UserError(f"{whose} does not fit '{request.name}': {type(error).__name__}: {error}") from error
+    head = weights.get(f"{default_cfg(request.name).classifier}.weight")
+    if head is not None and len(head) != model.num_classes:
+        if request.num_classes is not None:
+            raise UserError(f"{whose} has a classifier of {len(head)} classes, not {request.num_classes}")
+        model.reset_classifier(len(head))
+    checkpoint.load_weights(model, weights, whose)
+    return model
+
+
+def _layout_filter(name: str) -> Callable[[Any, nn.Module], dict[str, torch.Tensor]]:
+    """What turns the content of a file into the weights of a model: the family's filter, if it has one."""
+    family = sys.modules[timm.model_entrypoint(_architecture(name)).__module__]
+    own_filter: Any = getattr(family, "checkpoint_filter_fn", None)
+    if family.__name__.startswith("vmamba."):
+        return own_filter
+    # timm's expect the weights themselves.
+    return lambda content, model: own_filter(unwrap(content), model) if own_filter else unwrap(content)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.suffix != ".safetensors":
+        return checkpoint.read(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} not found")
+    return read(path)
+
+
+def _best_weights(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The rule of timm: the averaged weights, where a file has them."""
+    return content.get("state_dict_ema") or content["state_dict"]
 
 
 def load_classifier(path: Path, request: ModelRequest | None = None) -> Classifier:
@@ -127,14 +162,12 @@ def load_classifier(path: Path, request: ModelRequest | None = None) -> Classifi
         path: ``best.pth`` or ``last.pth`` of a run, or published weights.
         request: The model; may be None for files of ours, which know it.
     """
-    if path.suffix == ".safetensors" and not path.is_file():
-        raise UserError(f"checkpoint {path} not found")
-    content = {} if path.suffix == ".safetensors" else checkpoint.read(path)
+    content = _read(path)
     if checkpoint.FORMAT_KEY in content:
         return _restore(content, path, request)
     if request is None:
         raise UserError(f"{path} does not say which model it belongs to; name it with --model")
-    model = create_with_weights(request, path)
+    model = create_from(request, path)
     return Classifier(model.eval(), request.name, preprocessing(model, img_size=request.img_size))
 
 
@@ -143,8 +176,7 @@ def _restore(content: dict[str, Any], path: Path, request: ModelRequest | None) 
     if request is not None and _architecture(request.name) != _architecture(name):
         raise UserError(f"{path} holds weights of '{name}', not of '{request.name}'")
     model = create(ModelRequest(name, kwargs=content["model_args"]))
-    # The rule of timm: the averaged weights, where a file has them.
-    checkpoint.load_weights(model, content.get("state_dict_ema") or content["state_dict"], str(path))
+    checkpoint.load_weights(model, _best_weights(content), str(path))
     values = {
         key: tuple(value) if isinstance(value, list) else value for key, value in content["preprocessing"].items()
     }

@@ -22,7 +22,7 @@ from vmamba.training.config import DIGITS, TrainConfig, dump, to_dict
 from vmamba.training.curves import CURVES_NAME, draw_curves
 from vmamba.training.distributed import Process
 from vmamba.training.engine import AMP_DTYPES, Learner, evaluate, train_epoch
-from vmamba.training.model_factory import ModelRequest, create, load_classifier, preprocessing
+from vmamba.training.model_factory import ModelRequest, create, create_from, preprocessing
 from vmamba.training.records import EpochRecord, Records
 from vmamba.training.sampling import BatchPlan
 from vmamba.training.seeding import Stream, seed_everything
@@ -280,7 +280,7 @@ def _build_model(config: TrainConfig, num_classes: int, fresh: bool) -> nn.Modul
     kwargs = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate, **config.model_kwargs}
     if fresh and config.initial_checkpoint is not None:
         request = ModelRequest(config.model, None, config.img_size, kwargs)
-        model: Any = load_classifier(Path(config.initial_checkpoint), request).model
+        model: Any = create_from(request, Path(config.initial_checkpoint))
         if model.num_classes != num_classes:
             model.reset_classifier(num_classes)
     else:
