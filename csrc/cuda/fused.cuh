@@ -381,7 +381,7 @@ __global__ void __launch_bounds__(32 * fused_most_warps(Small), 1)
     Out* out = static_cast<Out*>(args.out) + image * s.length * s.channels + first_channel;
     for (int i = threadIdx.x; i < length * 2; i += blockDim.x) {
         const int p = i / 2, half = i % 2;
-        const float4* from = reinterpret_cast<const float4*>(merged + (merged_offset(p) ^ 32 * half));
+        const float4* from = reinterpret_cast<const float4*>(merged + (merged_offset(p, Small) ^ 32 * half));
         const float4 a = from[0], b = from[1];
         Out* to = out + static_cast<int64_t>(p) * s.channels + half * 8;
         if constexpr (std::is_same_v<Out, float>) {

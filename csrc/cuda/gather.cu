@@ -73,7 +73,7 @@ __global__ void prepare_route_kernel(Table<int32_t> table, int64_t steps, int64_
         if (p >= 0) again |= atomicOr(visited + p / 32, 1u << (p % 32)) >> (p % 32) & 1;
         nowhere |= p == kNowhere;
         prepared.places[base + t] = static_cast<int16_t>(p);
-        prepared.offsets[base + t] = static_cast<uint16_t>(merged_offset(max(p, 0)) / 8);
+        prepared.offsets[base + t] = static_cast<uint16_t>(merged_offset(max(p, 0), prepared.small) / 8);
     }
     again = __syncthreads_or(again);
     nowhere = __syncthreads_or(nowhere);

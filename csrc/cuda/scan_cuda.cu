@@ -114,6 +114,7 @@ struct ForwardMemory {
         Arena arena(base);
         if (fused) {
             prepared.padded = fused_padded_steps(scan);
+            prepared.small = fused_small(scan.rank);
             prepared.places = arena.take<int16_t>(scan.directions * prepared.padded);
             prepared.offsets = arena.take<uint16_t>(scan.directions * prepared.padded);
             prepared.flags = arena.take<int32_t>(scan.directions);
