@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from vmamba.cli.main import main
@@ -48,8 +49,12 @@ def train(data: Path, output: Path, name: str, *arguments: object, epochs: int =
 
 
 def start(*command: object, **variables: str) -> subprocess.Popen:
-    """Start a program in a process of its own: the arguments after ``python``, and variables of its environment."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
+    """Start a program in a process of its own: the arguments after ``python``, and variables of its environment.
+
+    It has as many threads as this one, on which the last digits of results depend.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     environment.pop("RANK", None)
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks the network for this machine's name
     environment.update(variables)

@@ -25,6 +25,8 @@ LINKING = ("README.md", "CHANGELOG.md", "checkpoints/README.md")
 READMES = {"benchmarks/README.md": "gpu.md", "results/README.md": "results.md"}
 """READMEs of the repository, and the pages they become."""
 
+PAGES = {**READMES, "checkpoints/README.md": "model_zoo.md"}
+"""Files that pages link to, so that the links lead somewhere in the repository too, and the pages to show instead."""
 
 _LINK = re.compile(r"\[([^\]]+)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)]*)?\)")
 _ANCHOR = re.compile(r'<h\d id="(vmamba[^"]*)"')
@@ -77,18 +79,18 @@ def turn_links(markdown: str, source: Path) -> str:
         source: The file it is from.
 
     Raises:
-        PluginError: for a link to a file that is not there; mkdocs itself looks after the links among pages.
+        PluginError: for a link to a file that is not in the repository, even if it is a page that is made.
     """
 
     def turn(match: re.Match[str]) -> str:
         text, target, anchor = match.groups()
         path = (source.parent / target).resolve()
+        _require(path, target, source)
         if DOCS in path.parents:
             return f"[{text}]({os.path.relpath(path, DOCS)}{anchor or ''})" if DOCS not in source.parents else match[0]
-        _require(path, target, source)
         inside = path.relative_to(ROOT).as_posix()
-        if inside in READMES:
-            return f"[{text}]({READMES[inside]}{anchor or ''})"
+        if inside in PAGES:
+            return f"[{text}]({PAGES[inside]}{anchor or ''})"
         return f"`{inside}`" if text.strip("`") == inside else f"{text} (`{inside}`)"
 
     return _LINK.sub(turn, markdown)

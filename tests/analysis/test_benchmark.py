@@ -12,7 +12,7 @@ from torch import nn
 
 import tests.analysis.benchmark_models  # noqa: F401  (registers bench_*)
 from vmamba.analysis.benchmark.comparison import compare
-from vmamba.analysis.benchmark.jobs import DTYPES, Job, Sweep
+from vmamba.analysis.benchmark.jobs import DTYPES, LARGEST, Job, Sweep
 from vmamba.analysis.benchmark.meters import CpuMeter
 from vmamba.analysis.benchmark.peers import PEERS, published_top1, resolve
 from vmamba.analysis.benchmark.plots import draw
@@ -211,6 +211,27 @@ def test_a_book_is_not_overwritten_but_continued(tmp_path):
     assert book.has(Job("a"))
     assert not book.has(Job("a", batch=2))
     assert len(read(book.json_path)[1]) == 1
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("end", [".csv", ".md", "-accuracy.png", "-resolution.png"])
+def test_files_of_no_book_are_not_overwritten(end, add, tmp_path):
+    (tmp_path / f"x{end}").touch()
+    with pytest.raises(UserError, match=f"x{end} exists, and belongs to no x.json; choose another --output"):
+        Book(tmp_path / "x", ENVIRONMENT, add)
+
+
+def test_a_batch_that_was_found_is_not_one_that_was_asked_for(tmp_path):
+    book = Book(tmp_path / "x", ENVIRONMENT)
+    largest = Job("a", batch=LARGEST)
+    book.add(Result(Job("a", batch=7), FIGURES))
+    book.add(Result(largest, Failure("no"), batch_found=True))
+    assert not book.has(largest)
+    book.add(Result(Job("a", batch=7), FIGURES, batch_found=True))
+    book = Book(tmp_path / "x", ENVIRONMENT, add=True)
+    assert book.has(largest)
+    assert book.has(Job("a", batch=7))
+    assert len(book.results) == 2
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "other"}', '{"format": "vmamba-benchmark-1"}'])

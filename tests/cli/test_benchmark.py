@@ -56,6 +56,9 @@ def test_largest_batch(tmp_path):
     (row,) = json.loads((tmp_path / "x.json").read_text())["results"]
     assert row["batch"] > 4
     assert row["peak_gib"] <= 0.002
+    again = benchmark(*find, "--memory-limit", 0.002, "--add")
+    assert "1 results are there already" in again.out
+    assert json.loads((tmp_path / "x.json").read_text())["results"] == [row]
 
 
 def test_mistakes(tmp_path):
@@ -65,4 +68,7 @@ def test_mistakes(tmp_path):
     assert "'eagre' is none of eager, compiled" in one_line(benchmark("bench_probe", "--mode", "eagre"))
     assert "'1,x' is not a list of positive whole numbers" in one_line(benchmark("bench_probe", "--batch", "1,x"))
     assert "measures nothing" in one_line(benchmark("bench_probe", "--compare", "a.json", "b.json"))
+    unwritable = benchmark("bench_probe", "--output", "/proc/x")
+    assert "cannot write /proc/x.json: No such file" in one_line(unwritable)
+    assert unwritable.out == "", "it was measured first"
     assert "cannot read a.json" in one_line(benchmark("--compare", "a.json", "b.json"))

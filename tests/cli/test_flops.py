@@ -39,6 +39,23 @@ def test_the_table(tmp_path, monkeypatch):
     assert all(name in (tmp_path / "new" / "flops.md").read_text() for name in few)
 
 
+@pytest.mark.parametrize("suffix", ["csv", "md"])
+def test_a_table_that_is_there_stays(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost_table, "published_models", dict)
+    path = tmp_path / f"README.{suffix}"
+    path.write_text("mine")
+    command = ("flops", "--all", "--no-fvcore", "--output", tmp_path / "README")
+    assert f"{path} is there already; --overwrite" in one_line(vmamba(*command))
+    assert path.read_text() == "mine"
+    assert vmamba(*command, "--overwrite").status == 0
+
+
+def test_a_model_built_for_one_size_that_is_not_square():
+    result = vmamba("flops", "swin_tiny_patch4_window7_224", "--size", "100x120", "--no-fvcore")
+    assert result.status == 0, result.err
+    assert "swin_tiny_patch4_window7_224 at 100x120" in result.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -47,6 +64,7 @@ def test_the_table(tmp_path, monkeypatch):
         (("test_vmamba", "--all"), "leave model and size out"),
         (("test_vmamba", "--size", "64x"), "'64x' is no size such as 224 or 512x2048"),
         (("test_vmamba", "--size", "1x2x3"), "is no size such as"),
+        (("convnext_tiny", "--size", "1"), "convnext_tiny takes no images of 1x1, try another --size: "),
     ],
 )
 def test_mistakes(arguments, message):

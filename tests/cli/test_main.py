@@ -36,7 +36,7 @@ def test_mistaken_options():
     assert "vmamba train does not know '--batch_size'; did you mean --batch-size" in message
     assert "vmamba models does not know 'b'" in one_line(vmamba("models", "a", "b"))
     assert "the following arguments are required: PATH" in one_line(vmamba("predict"))
-    assert "argument --batch-size: invalid" in one_line(vmamba("validate", "--batch-size", 0))
+    assert "argument --batch-size: '0' is not a whole number" in one_line(vmamba("validate", "--batch-size", 0))
 
 
 def test_as_a_program():
@@ -51,7 +51,13 @@ def test_missing_package():
     assert run.returncode == 2
     (line,) = run.stderr.splitlines()
     assert line.startswith("vmamba: error: ")
-    assert "extra" in line or "vmamba[mm]" in line
+    assert "vmamba[mm]" in line
+
+
+@pytest.mark.parametrize(("package", "brings"), [("cli", "'vmamba'"), ("mm", "'vmamba[mm]'")])
+def test_where_a_missing_package_comes_from(package, brings, monkeypatch):
+    monkeypatch.setitem(COMMANDS, "new", (f"vmamba.{package}.absent", ""))
+    assert f"pip install {brings}" in one_line(vmamba("new"))
 
 
 def test_the_commands_themselves_do_not_import_torch():

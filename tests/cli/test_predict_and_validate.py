@@ -1,6 +1,9 @@
 import csv
+import errno
 import re
 import shutil
+from argparse import Namespace
+from itertools import chain
 
 import pytest
 import timm
@@ -8,6 +11,7 @@ import torch
 from PIL import Image
 
 from tests.running import make_folder, one_line, train, vmamba
+from vmamba.cli.validate import _source
 from vmamba.training import checkpoint
 
 
@@ -105,10 +109,59 @@ def test_predict_digits(tmp_path):
     assert len(re.findall(r"digit_\d+\.png \(a \d\):", result.out)) == 24
 
 
-def test_picture_that_cannot_be_written(data, best, tmp_path):
+@pytest.mark.parametrize(
+    ("output", "table", "message"),
+    [
+        ("none/p.png", "p.csv", "there is no folder"),
+        ("p.png", "none/p.csv", "there is no folder"),
+        ("p.xyz", "p.csv", "no picture ends in '.xyz'"),
+        ("p.png", "folder", "something of that name that is no file"),
+        ("p.png", "p.png", "--output and --csv both name"),
+    ],
+)
+def test_what_cannot_be_written_is_known_before_the_answers(data, best, tmp_path, output, table, message):
+    (tmp_path / "folder").mkdir()
     image = data / "val" / "red" / "0.png"
-    assert "cannot write" in one_line(predict(image, "--checkpoint", best, output=tmp_path / "none" / "p.png"))
-    assert "cannot write" in one_line(predict(image, "--checkpoint", best, output=tmp_path / "p.xyz"))
+    result = predict(image, "--checkpoint", best, "--csv", tmp_path / table, output=tmp_path / output)
+    assert message in one_line(result)
+    assert result.out == ""
+
+
+@pytest.mark.parametrize("taken", ["p.png", "p.csv"])
+def test_a_file_is_replaced_only_on_demand_and_at_the_end(data, best, tmp_path, taken):
+    (tmp_path / taken).write_text("mine")
+    image = data / "val" / "red" / "0.png"
+    arguments = ("--csv", tmp_path / "p.csv", "--checkpoint")
+    message = one_line(predict(image, *arguments, best, output=tmp_path / "p.png"))
+    assert f"{taken} is there already; --overwrite replaces it" in message
+    failed = predict(image, *arguments, tmp_path / "none.pth", "--overwrite", output=tmp_path / "p.png")
+    assert "none.pth not found" in one_line(failed)
+    assert (tmp_path / taken).read_text() == "mine"
+    result = predict(image, *arguments, best, "--overwrite", output=tmp_path / "p.png")
+    assert result.status == 0, result.err
+    assert (tmp_path / "p.csv").read_text().startswith("image,rank,class,probability")
+    with Image.open(tmp_path / "p.png") as drawn:
+        assert min(drawn.size) > 100
+
+
+def test_the_default_picture_is_not_replaced_either(data, best, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("predict", data / "val" / "red" / "0.png", "--checkpoint", best)
+    assert vmamba(*arguments).status == 0
+    assert "predictions.png is there already" in one_line(vmamba(*arguments))
+
+
+@pytest.mark.parametrize("option", ["--output", "--csv"])
+def test_what_is_read_is_never_written(data, best, tmp_path, option):
+    photo, weights = tmp_path / "photo.png", tmp_path / "weights.png"
+    shutil.copy(data / "val" / "red" / "0.png", photo)
+    shutil.copy(best, weights)
+    for file in (photo, weights):
+        before = file.read_bytes()
+        outputs = {"--output": tmp_path / "p.png", option: file}
+        arguments = (photo, "--checkpoint", weights, "--overwrite", *chain(*outputs.items()))
+        assert f"{file} is read, and cannot be written as well" in one_line(vmamba("predict", *arguments))
+        assert file.read_bytes() == before
 
 
 # validate
@@ -121,6 +174,40 @@ def test_validate_needs_nothing_but_the_checkpoint(best, monkeypatch, tmp_path):
     top1 = float(re.search(r"top-1 ([\d.]+) %", result.out)[1])
     assert top1 == pytest.approx(checkpoint.read(best)["top1"], abs=1e-3)
     assert "15 images" in result.out
+
+
+def test_validate_on_another_split(best):
+    result = vmamba("validate", "--checkpoint", best, "--split", "train", "--workers", 0)
+    assert result.status == 0, result.err
+    assert "24 images" in result.out
+
+
+def test_options_of_the_data_change_those_of_the_run(best):
+    origin = {"data": "hfds/photos", "data_dir": "old", "download": True, "split": "test"}
+    options = Namespace(data=None, data_dir="new", class_map="map.txt", split=None)
+    source, split = _source(options, origin)
+    assert (source.data, source.data_dir, source.class_map, source.download) == ("hfds/photos", "new", "map.txt", True)
+    assert split == "test"
+    message = one_line(vmamba("validate", "--checkpoint", best, "--data-dir", "new"))
+    assert "--data-dir is for timm readers such as hfds/NAME" in message
+
+
+@pytest.mark.parametrize("command", ["predict", "validate"])
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--img-size", "0", "'0' is not a whole number of at least 1"),
+        ("--img-size", "-3", "'-3' is not a whole number of at least 1"),
+        ("--batch-size", "0", "'0' is not a whole number of at least 1"),
+        ("--num-classes", "5", "--num-classes is 5, but test_vmamba has 3 trained outputs; leave it out"),
+        ("--crop-pct", "1.5", "'1.5' is not a number more than 0 and at most 1"),
+        ("--interpolation", "foo", "invalid choice: 'foo'"),
+    ],
+)
+def test_mistakes_in_options(best, data, monkeypatch, tmp_path, command, option, value, message):
+    monkeypatch.chdir(tmp_path)
+    images = (data / "val",) if command == "predict" else ()
+    assert message in one_line(vmamba(command, *images, "--checkpoint", best, option, value))
 
 
 def test_validate_on_a_folder_with_a_class_map(data, best, tmp_path):
@@ -159,6 +246,10 @@ def test_validate_at_many_sizes(best, tmp_path):
     assert rows[1]["images"] == "15"
     with Image.open(stem.with_suffix(".png")) as drawn:
         assert min(drawn.size) > 100
+    taken = one_line(vmamba(*arguments, "--sizes", "32", "--output", stem))
+    assert f"{stem.with_suffix('.csv')} is there already; --overwrite replaces it" in taken
+    assert vmamba(*arguments, "--sizes", "32", "--output", stem, "--overwrite").status == 0
+    assert len(stem.with_suffix(".csv").read_text().splitlines()) == 2
     assert "is not a list of positive whole numbers" in one_line(vmamba(*arguments, "--sizes", "32,"))
     assert "give one of them" in one_line(vmamba(*arguments, "--sizes", "32", "--img-size", 32))
 
@@ -205,3 +296,23 @@ def test_damaged_checkpoints(best, tmp_path):
         assert name in one_line(
             vmamba("validate", "--model", "test_convnext", "--checkpoint", tmp_path / name, "--data", "digits")
         )
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+def test_checkpoint_that_may_not_be_read(tmp_path, monkeypatch, name):
+    (tmp_path / name).touch()
+    monkeypatch.setattr("builtins.open", refuse(tmp_path / name))
+    message = one_line(vmamba("validate", "--model", "test_convnext", "--checkpoint", tmp_path / name))
+    assert f"cannot read checkpoint {tmp_path / name}: Permission denied" in message
+
+
+def refuse(path):
+    """An ``open`` that may not read one file, which root may."""
+
+    def opened(file, *args, **kwargs):
+        if str(file) == str(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return builtin(file, *args, **kwargs)
+
+    builtin = open
+    return opened

@@ -85,10 +85,16 @@ def test_a_picture_that_is_there_stays(tmp_path):
     panels(path)
 
 
+def test_a_folder_that_cannot_be_written_to_is_noticed_before_the_work():
+    result = vmamba("show", "erf", *QUICK, "--limit", 1, "--output", "/proc/erf.png")
+    assert "cannot write /proc/erf.png: No such file" in one_line(result)
+    assert result.out == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("rutes",), "invalid choice: 'rutes'"),
+        (("rutes",), "'features'); did you mean routes?"),
         (("routes", "--model", "vmamba_tini"), "unknown model 'vmamba_tini'; did you mean vmamba_tiny"),
         (("routes", "--model", "test_convnext"), "does not scan"),
         (("attention", *QUICK, "--block", "stages.1.blocks.7"), "no block 'stages.1.blocks.7' scans in test_vmamba"),
@@ -103,6 +109,7 @@ def test_a_picture_that_is_there_stays(tmp_path):
         (("routes", *QUICK, "--output", "routes.txt"), "no picture ends in '.txt'; use .png or .svg"),
         (("routes", *QUICK, "--output", "nowhere/routes.png"), "there is no folder nowhere"),
         (("routes", *QUICK, "--limit", "3"), "does not know '--limit'"),
+        (("erf", "--modl", "x"), "vmamba show erf does not know '--modl'; did you mean --model"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch):

@@ -166,6 +166,35 @@ def test_weights_of_a_larger_stride_start_vim_of_a_smaller_one(tmp_path):
     assert all(torch.equal(started.state_dict()[key], value) for key, value in rest.items())
 
 
+def test_a_run_is_used_from_any_folder(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    make_folder(home / "photos")
+    (home / "classes.txt").write_text("red\ngreen\nblue\n")
+    monkeypatch.chdir(home)
+    assert train("photos", "runs", "run", "--class-map", "classes.txt", "--stop-after", 1).status == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    folder = home / "runs" / "run"
+    assert vmamba("train", "--resume", folder).status == 0
+    assert vmamba("train", "--config", folder / "config.yaml", "--output", "again").status == 0
+    result = vmamba("validate", "--checkpoint", folder / "best.pth", "--workers", 0)
+    assert result.status == 0, result.err
+    assert checkpoint.read(folder / "best.pth")["class_names"] == ["red", "green", "blue"]
+
+
+@pytest.mark.parametrize("form", [3, torch.zeros(2), "pt"])
+def test_a_foreign_file_may_have_a_format_of_its_own(data, tmp_path, form):
+    weights = timm.create_model("test_vmamba", num_classes=3).state_dict()
+    torch.save({"format": form, "state_dict": weights}, tmp_path / "foreign.pth")
+    assert_same_weights(create_from(ModelRequest("test_vmamba"), tmp_path / "foreign.pth"), weights)
+
+
+def test_a_file_of_a_later_version(tmp_path):
+    torch.save({"format": "vmamba-training-2"}, tmp_path / "last.pth")
+    message = one_line(vmamba("train", "--resume", tmp_path))
+    assert "has the format 'vmamba-training-2', which this version of vmamba cannot read; update vmamba" in message
+
+
 def test_any_timm_model(data, tmp_path):
     assert train(data, tmp_path, "a", "--model", "test_convnext").status == 0
     # one that is built for a fixed size of image
@@ -201,7 +230,9 @@ def test_unknown_model_argument(data, tmp_path):
 
 
 def test_no_published_weights(data, tmp_path):
-    assert "no published weights" in one_line(train(data, tmp_path, "run", "--pretrained"))
+    message = one_line(train(data, tmp_path, "run", "--pretrained"))
+    assert "no published weights" in message
+    assert "--checkpoint" not in message
 
 
 def test_wrong_initial_checkpoint(data, tmp_path, run):
@@ -252,6 +283,26 @@ def test_class_count_that_does_not_fit(data, tmp_path):
 def test_too_little_data(data, tmp_path):
     message = one_line(train(data, tmp_path, "run", "--batch-size", 64))
     assert "batch_size 64 is larger than the training split (24 images)" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--img-size", 0, "--img-size is 0, expected at least 1"),
+        ("--drop-path-rate", 2, "--drop-path-rate is 2.0, expected 0 or more and less than 1"),
+        ("--interpolation", "foo", "--interpolation is 'foo', expected nearest or"),
+        ("--auto-augment", "foo", "auto_augment 'foo' is no policy of timm's; they look like rand-m9"),
+        ("--auto-augment", "rand-z1", "auto_augment 'rand-z1' is no policy of timm's"),
+        ("--opt-betas", "0.5", "opt 'adamw' has more betas than opt_betas: 0.5"),
+        ("--lr", "abc", "error: --lr: 'abc' is not a number"),
+        ("--threads", 0, "error: --threads is 0, expected at least 1"),
+        ("--stop-after", 0, "--stop-after: '0' is not a whole number of at least 1"),
+        ("--stop-after", "-1", "--stop-after: '-1' is not a whole number of at least 1"),
+    ],
+)
+def test_mistakes_in_options_leave_no_folder(data, tmp_path, option, value, message):
+    assert message in one_line(train(data, tmp_path, "run", option, value))
+    assert not list(tmp_path.iterdir())
 
 
 def test_mistyped_value(data, tmp_path):

@@ -79,6 +79,24 @@ def test_download_to_a_folder(mirror, tmp_path):  # noqa: F811
     assert (tmp_path / "mine" / FILE).read_bytes() == content(1)
 
 
+def test_verify_reads_the_published_file_beside_the_converted_one(tmp_path, cache):  # noqa: F811
+    source = published.save(find(NAME), tmp_path / "best_ckpt.pth")
+    weights("import", source, "--as", NAME)
+    weights("convert", NAME)
+    verified = [line.split()[-1] for line in weights("verify", NAME).splitlines()]
+    assert verified == [str(cache / f"{NAME}.safetensors"), str(cache / FILE)]
+    (cache / FILE).write_bytes(content(2))
+    result = vmamba("weights", "verify")
+    assert f"{cache / FILE} HAS CHANGED" in result.err
+    assert "1 of 2 files are not what they were or should be" in result.err
+
+
+def test_verify_with_a_broken_record(cache):  # noqa: F811
+    published.save(find(NAME), cache / FILE)
+    (cache / "record.json").write_text("{")
+    assert f"cannot read {cache / 'record.json'}, which remembers" in one_line(vmamba("weights", "verify"))
+
+
 def test_verify_what_is_not_here():
     assert "no weights are here yet" in weights("verify")
     assert f"{NAME} is not here; get it: vmamba weights download {NAME}" in one_line(vmamba("weights", "verify", NAME))
@@ -110,12 +128,16 @@ def test_push_uploads_when_told_to(cache, hub, monkeypatch):  # noqa: F811
     [
         ((), "the following arguments are required: ACTION"),
         (("lst",), "invalid choice: 'lst' (choose from"),
+        (("downlod",), "did you mean download?"),
         (("download",), "the following arguments are required: NAME"),
         (("download", "vim_tiny_patch16_22"), "no published weights are called 'vim_tiny_patch16_22'; did you mean"),
         (("import", "x.pth"), "the following arguments are required: --as"),
         (("import", "x.pth", "--as", NAME), "there is no file x.pth"),
         (("import", "x.pth", "--as", "msvmamba_nanno"), "did you mean msvmamba_nano.in1k"),
-        (("list", "--tasks"), "vmamba weights does not know '--tasks'"),
+        (("list", "--tasks"), "vmamba weights list does not know '--tasks'; did you mean --task?"),
+        (("download", NAME, "--too=other/folder"), "does not know '--too=other/folder'; did you mean --to?"),
+        (("push", NAME, "--to", "me"), "'me' is no name of a repository such as OWNER/NAME"),
+        (("push", NAME, "--to", "me/a b"), "'me/a b' is no name of a repository such as OWNER/NAME"),
     ],
 )
 def test_mistakes(arguments, message):

@@ -90,10 +90,14 @@ def test_a_readme_as_a_page():
 
 def test_links_of_a_page():
     page = ROOT / "docs" / "training.md"
-    assert docs_pages.turn_links("[a](usage.md#x) ![b](images/c.png)", page) == "[a](usage.md#x) ![b](images/c.png)"
+    own = "[a](usage.md#x) ![b](images/digits.png)"
+    assert docs_pages.turn_links(own, page) == own
+    assert docs_pages.turn_links("[models](../checkpoints/README.md)", page) == "[models](model_zoo.md)"
     assert docs_pages.turn_links("[recipes](../configs/classification)", page) == "recipes (`configs/classification`)"
     with pytest.raises(PluginError, match=r"docs/training.md links to ../confs, which does not exist"):
         docs_pages.turn_links("[recipes](../confs)", page)
+    with pytest.raises(PluginError, match=r"links to results.md, which does not exist"):
+        docs_pages.turn_links("[made, not there to be read](results.md)", page)
 
 
 def test_roles_of_docstrings_become_links():

@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.running import start
 from vmamba.errors import UserError
+from vmamba.files import remove_leftovers
 from vmamba.training import checkpoint
 
 
@@ -41,7 +42,7 @@ def test_full_disk_keeps_the_previous_file(tmp_path):
     process = start("-c", textwrap.dedent(code))
     out, err = process.communicate(timeout=100)
     assert process.returncode == 2, err
-    assert out.strip() == f"cannot save checkpoint {tmp_path / 'last.pth'}: File too large; the previous one is intact"
+    assert out.strip() == f"cannot write {tmp_path / 'last.pth'}: File too large; the previous one is intact"
     assert checkpoint.read(tmp_path / "last.pth") == {"epoch": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.pth"]
 
@@ -66,7 +67,7 @@ def test_kill_during_a_save_keeps_a_whole_file(tmp_path):
         process.communicate(timeout=100)
         content = checkpoint.read(path)
         assert content["weights"].unique().tolist() == [content["number"]]
-        if checkpoint.remove_leftovers(tmp_path):
+        if remove_leftovers(tmp_path):
             break
     else:
         pytest.fail("no kill hit a save")

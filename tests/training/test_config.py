@@ -1,10 +1,22 @@
 import dataclasses
+import errno
+from pathlib import Path
 
 import pytest
 import yaml
+from timm.data.transforms import _str_to_torch_interpolation
 
 from vmamba.errors import UserError
-from vmamba.training.config import TrainConfig, bundled, default_recipe, dump, load, parse
+from vmamba.training.config import (
+    INTERPOLATIONS,
+    TrainConfig,
+    bundled,
+    default_recipe,
+    dump,
+    load,
+    parse,
+    with_absolute_paths,
+)
 from vmamba.training.model_factory import default_cfg
 
 PUBLISHED = {
@@ -83,8 +95,20 @@ def test_base_of_a_users_file_may_be_a_bundled_recipe(tmp_path):
         ("lr: null", "lr: None is not a number"),
         ("ema: 3", "ema: 3 is not true or false"),
         ("scale: [0.1]", "scale is (0.1,), expected two numbers"),
+        ("scale: [0.9, 0.1]", "scale is (0.9, 0.1), expected two numbers, the smaller one first"),
+        ("scale: [0.9, 1.1]", "scale is (0.9, 1.1), expected shares of the image, at most 1"),
+        ("img_size: -3", "img_size is -3, expected at least 1"),
+        ("mixup: -1", "mixup is -1.0, expected 0 or more"),
+        ("clip_grad: 0", "clip_grad is 0.0, expected more than 0"),
+        ("hflip: 1.1", "hflip is 1.1, expected from 0 to 1"),
+        ("reprob: .nan", "reprob is nan, expected from 0 to 1"),
+        ("drop_path_rate: 2", "drop_path_rate is 2.0, expected 0 or more and less than 1"),
+        ("opt_betas: [0.9, 1]", "opt_betas is (0.9, 1.0), expected 0 or more and less than 1"),
+        ("crop_pct: 0", "crop_pct is 0.0, expected more than 0 and at most 1"),
+        ("remode: grey", "remode is 'grey', expected const or rand or pixel"),
+        ("interpolation: foo", "interpolation is 'foo', expected nearest or box or"),
         ("amp: fp8", "amp is 'fp8', expected none or bf16 or fp16"),
-        ("warmup_epochs: 300", "warmup_epochs is 300, expected 0 or more and less than epochs (300)"),
+        ("warmup_epochs: 300", "warmup_epochs is 300, expected less than epochs (300)"),
         ("- a\n- b", "should hold 'key: value' lines, not a list"),
         ("a: [", "is not valid YAML"),
         ("base: nothing", "no bundled recipe is called 'nothing'"),
@@ -98,6 +122,49 @@ def test_mistakes_in_a_file(tmp_path, text, message):
         load(str(path))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_mistakes_in_flags_are_not_those_of_the_file():
+    for override, message in {("lr", "abc"): "--lr: 'abc' is", ("lr_batch_size", 0): "--lr-batch-size is 0,"}.items():
+        with pytest.raises(UserError, match=f"^{message}"):
+            load("digits", dict([override]))
+    with pytest.raises(UserError, match=r"^digits\.yaml: warmup_epochs is 2, expected less than epochs \(1\)"):
+        load("digits", {"epochs": 1})
+
+
+def test_interpolations_are_those_of_timm():
+    assert set(INTERPOLATIONS) == set(_str_to_torch_interpolation)
+
+
+def test_config_that_cannot_be_read(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"is a folder, expected a YAML file"):
+        load(str(tmp_path))
+    (tmp_path / "a.yaml").touch()
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UserError, match=r"cannot read config file .*a\.yaml: Permission denied"):
+        load(str(tmp_path / "a.yaml"))
+
+
+def refuse(*args, **kwargs):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_paths_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "digits", "hfds/photos"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "here.txt").touch()
+    values = {"data": "photos", "data_dir": "new", "class_map": "here.txt", "initial_checkpoint": "here.txt"}
+    config = with_absolute_paths(TrainConfig(**values))
+    assert [getattr(config, key) for key in values] == [
+        str(tmp_path / name) for name in ("photos", "new", "here.txt", "here.txt")
+    ]
+    for values in (
+        {"data": "digits"},
+        {"data": "hfds/photos", "data_dir": "https://example.org/photos"},
+        {"data": "nowhere", "class_map": "beside_the_data.txt"},
+    ):
+        assert with_absolute_paths(TrainConfig(**values)) == TrainConfig(**values)
 
 
 def test_unknown_recipe_names_the_nearest():

@@ -24,6 +24,7 @@ OPTIONS = (
         "0.5",
     ),
     *("--epochs", "2", "--warmup-epochs", "1", "--ema-decay", "0.9", "--opt", "sgd", "--lr", "0.1"),
+    *("--repeated-aug", "2", "--mesa", "0.5"),
 )
 
 

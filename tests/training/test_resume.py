@@ -1,6 +1,8 @@
 """A resumed run is the run that was not interrupted."""
 
 import csv
+import os
+import re
 import signal
 import time
 
@@ -9,11 +11,12 @@ import torch
 import yaml
 
 from tests.running import QUICK, make_folder, one_line, start, train, vmamba
+from vmamba.training import checkpoint
 
-# Everything random at once: augmentation, mixing, stochastic depth.
+# Everything random at once: augmentation, also of copies, mixing, stochastic depth. And all that looks at the average.
 RANDOM = (
     *("--auto-augment", "rand-m5-inc1", "--reprob", "0.3", "--mixup", "0.5", "--cutmix", "0.5"),
-    *("--drop-path-rate", "0.2", "--ema-decay", "0.9"),
+    *("--drop-path-rate", "0.2", "--ema-decay", "0.9", "--repeated-aug", "2", "--mesa", "0.5"),
 )
 
 
@@ -87,6 +90,58 @@ def test_options_change_the_config_of_a_resumed_run(whole, tmp_path, data):
     assert len(curve(tmp_path / "run")) == 3
 
 
+@pytest.fixture
+def stopped(data, tmp_path):
+    """A run of two epochs, stopped after the first."""
+    assert train(data, tmp_path, "run", "--stop-after", 1).status == 0
+    return tmp_path / "run"
+
+
+def test_files_are_replaced_and_not_written_to(stopped):
+    """A second name of the old file still has the old content."""
+    names = ("config.yaml", "summary.csv", "curves.png")
+    before = {name: (stopped / name).read_bytes() for name in names}
+    for name in names:
+        os.link(stopped / name, stopped / f"old_{name}")
+    assert vmamba("train", "--resume", stopped, "--seed", 1).status == 0
+    for name in names:
+        assert (stopped / f"old_{name}").read_bytes() == before[name]
+        assert (stopped / name).read_bytes() != before[name]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"1,0.1,9.9",
+        b"1,0.1,9.9,many,0,0,9.9,0,0,1,1",
+        b"1,0.1,9.9,,0,0,9.9,0,0,1,1",
+        b"0,1,2,3,4,5,6,7,8,9,10,11",
+        b"\xff",
+    ],
+)
+def test_damaged_summary(stopped, damage):
+    config = (stopped / "config.yaml").read_bytes()
+    with open(stopped / "summary.csv", "ab") as file:
+        file.write(damage)
+    damaged = (stopped / "summary.csv").read_bytes()
+    message = one_line(vmamba("train", "--resume", stopped, "--seed", 1))
+    assert "summary.csv is damaged" in message
+    assert "mend it, or move it away" in message
+    assert (stopped / "summary.csv").read_bytes() == damaged
+    assert (stopped / "config.yaml").read_bytes() == config
+
+
+@pytest.mark.parametrize("name", ["train.log", "config.yaml", "summary.csv", "curves.png", "tensorboard"])
+def test_something_in_the_way_of_a_file(stopped, name):
+    (stopped / name).unlink(missing_ok=True)
+    if name == "tensorboard":
+        (stopped / name).touch()
+    else:
+        (stopped / name).mkdir()
+    message = one_line(vmamba("train", "--resume", stopped, "--tensorboard"))
+    assert re.search(rf"cannot (write|write to|read) \S+{name}", message)
+
+
 def test_resume_as_another_model(whole):
     message = one_line(vmamba("train", "--resume", whole, "--model", "test_convnext", "--epochs", 9))
     assert "is a run of 'test_vmamba' and cannot be resumed as 'test_convnext'" in message
@@ -99,9 +154,36 @@ def test_resume_of_a_changed_model(whole):
     assert "missing (stages." in message
 
 
-def test_resume_with_another_optimiser(whole):
-    message = one_line(vmamba("train", "--resume", whole, "--opt", "sgd", "--epochs", 9, "--layer-decay", 0.5))
-    assert "optimiser" in message
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--opt", "sgd"), "is a run with the optimiser 'adamw', whose state is of no use to 'sgd'; leave --opt out"),
+        (("--layer-decay", 0.5), "the state of the optimiser does not fit"),
+    ],
+)
+def test_resume_with_another_optimiser(whole, option, message):
+    assert message in one_line(vmamba("train", "--resume", whole, *option, "--epochs", 9))
+
+
+def test_options_change_the_optimiser_of_a_resumed_run(data, tmp_path):
+    """What the configuration says comes from the options, the state from the run."""
+    options = ("--weight-decay", 0.7, "--opt-betas", "0.5,0.6", "--opt-eps", 1e-5, "--layer-decay", 0.8)
+    assert train(data, tmp_path, "new", *options, epochs=3).status == 0
+    assert train(data, tmp_path, "run", "--layer-decay", 0.5, "--stop-after", 1, epochs=3).status == 0
+    result = vmamba("train", "--resume", tmp_path / "run", *options)
+    assert result.status == 0, result.err
+    resumed, new = (checkpoint.read(tmp_path / name / "last.pth")["optimizer"] for name in ("run", "new"))
+    assert resumed["param_groups"] == new["param_groups"]
+    assert {group["weight_decay"] for group in resumed["param_groups"]} == {0.0, 0.7}
+    assert {state["step"].item() for state in resumed["state"].values()} == {9}
+
+
+def test_another_batch_size_leaves_the_schedule_where_it_was(data, whole, tmp_path):
+    assert train(data, tmp_path, "run", *RANDOM, "--stop-after", 2, epochs=4).status == 0
+    result = vmamba("train", "--resume", tmp_path / "run", "--batch-size", 4)
+    assert result.status == 0, result.err
+    rates, expected = ([float(row["lr"]) for row in curve(run)] for run in (tmp_path / "run", whole))
+    assert rates == pytest.approx(expected)
 
 
 def test_resume_from_the_wrong_file(whole, tmp_path):
@@ -111,6 +193,23 @@ def test_resume_from_the_wrong_file(whole, tmp_path):
     data = (whole / "last.pth").read_bytes()
     (tmp_path / "last.pth").write_bytes(data[: len(data) // 3])
     assert "is damaged" in one_line(vmamba("train", "--resume", tmp_path))
+
+
+def test_interrupt_in_a_save_loses_nothing(data, whole, tmp_path, monkeypatch):
+    save = checkpoint.save
+
+    def interrupted(content, path):
+        if content["epoch"] == 2:
+            raise KeyboardInterrupt
+        save(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", interrupted)
+        assert train(data, tmp_path, "run", *RANDOM, epochs=4).status == 130
+    assert curve(tmp_path / "run") == curve(whole)[:2]
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
+    assert vmamba("train", "--resume", tmp_path / "run").status == 0
+    assert_same_run(tmp_path / "run", whole)
 
 
 def test_interrupted_run_says_how_to_go_on(data, tmp_path):

@@ -11,11 +11,11 @@ from vmamba.training.sampling import BatchPlan, EpochBatchSampler, SeededDataset
 from vmamba.training.seeding import Stream, isolated, seed_cpu
 
 
-def updates(length, world, accumulate, batch_size=12, epoch=3):
+def updates(length, world, accumulate, batch_size=12, epoch=3, copies=1):
     """For each update, the samples in all its parts."""
     parts = []
     for rank in range(world):
-        sampler = EpochBatchSampler(length, BatchPlan(batch_size, accumulate, world, rank), seed=5)
+        sampler = EpochBatchSampler(length, BatchPlan(batch_size, accumulate, world, rank), 5, copies)
         sampler.epoch = epoch
         own = list(sampler)
         assert len(own) == len(sampler)
@@ -32,9 +32,22 @@ def test_an_update_has_the_same_samples_however_it_is_spread(world, accumulate):
     assert [sorted(batch) for batch in spread] == [sorted(batch) for batch in alone]
 
 
+def test_copies_of_a_sample_are_in_one_update_and_others_in_the_next_epoch():
+    batches = updates(50, 1, 1, copies=3)
+    assert len(batches) == 50 // 12
+    for batch in batches:
+        indices = [index for _, index, _ in batch]
+        assert sorted(set(indices)) == sorted(indices)[::3]
+        assert sorted(copy for _, _, copy in batch) == sorted([0, 1, 2] * 4)
+    spread = updates(50, 3, 2, copies=3)
+    assert [sorted(batch) for batch in spread] == [sorted(batch) for batch in batches]
+    seen = {index for batch in batches for _, index, _ in batch}
+    assert seen != {index for batch in updates(50, 1, 1, epoch=4, copies=3) for _, index, _ in batch}
+
+
 def test_epochs_are_shuffled_differently_and_repeatably():
     assert updates(50, 1, 1, epoch=1) == updates(50, 1, 1, epoch=1)
-    first, second = ([index for _, index in batch] for batch in (updates(50, 1, 1, epoch=e)[0] for e in (1, 2)))
+    first, second = ([index for _, index, _ in batch] for batch in (updates(50, 1, 1, epoch=e)[0] for e in (1, 2)))
     assert first != second
 
 
@@ -71,12 +84,12 @@ class Noise:
         return 9
 
 
-def test_a_sample_depends_on_its_epoch_and_index_alone():
+def test_a_sample_depends_on_its_position_alone():
     dataset = SeededDataset(Noise(), seed=1)
-    together = dataset.__getitems__([(1, 0), (1, 1), (2, 0)])
-    assert together[0] == dataset[(1, 0)]
-    assert together[2] == dataset[(2, 0)]
-    assert len(set(together)) == 3
+    positions = [(1, 0, 0), (1, 1, 0), (2, 0, 0), (1, 0, 1), (1, 0, 2)]
+    together = dataset.__getitems__(positions)
+    assert together == [dataset[position] for position in positions]
+    assert len(set(together)) == len(positions)
 
 
 def test_loading_leaves_the_generators_of_training_alone():
@@ -84,5 +97,5 @@ def test_loading_leaves_the_generators_of_training_alone():
     np.random.seed(3)
     random.seed(3)
     expected = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    SeededDataset(Noise(), seed=1)[(1, 0)]
+    SeededDataset(Noise(), seed=1)[(1, 0, 0)]
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == expected

@@ -1,5 +1,9 @@
 """A machine of one's own for each test: empty caches, no variables, nothing beyond this host."""
 
+import errno
+import os
+import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -31,6 +35,34 @@ def home(tmp_path, monkeypatch) -> Path:
 def cache(home) -> Path:
     """Where downloads go."""
     return home / "torch" / "hub" / "checkpoints" / "vmamba"
+
+
+@pytest.fixture
+def full_at_a_million():
+    """Lets no file of this process grow beyond a million bytes, as a full disk or a quota would."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def forbid(monkeypatch) -> Callable[[Path], None]:
+    """Lets nobody open a file, not even root, whom no permission keeps from it."""
+    forbidden = set()
+
+    def opened(path: Path, *args, **kwargs):
+        if path in forbidden:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", opened)
+
+    def forbid(path: Path) -> None:
+        path.chmod(0)
+        forbidden.add(path)
+
+    return forbid
 
 
 @pytest.fixture

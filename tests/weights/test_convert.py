@@ -82,6 +82,31 @@ def test_what_is_converted_is_not_converted(tmp_path):
         convert(find(CLASSIFIER), path, tmp_path)
 
 
+def test_a_file_of_other_origin_stays(tmp_path):
+    other = tmp_path / f"{CLASSIFIER}.safetensors"
+    save_file({"x": torch.ones(1)}, other)
+    before = other.read_bytes()
+    with pytest.raises(UserError, match=r"safetensors is there already, and was not made of .*in1k.pth; rename it"):
+        convert(find(CLASSIFIER), saved(CLASSIFIER, tmp_path), tmp_path)
+    assert other.read_bytes() == before
+
+
+def test_it_may_be_read_by_whom_the_umask_lets(tmp_path):
+    source = saved(CLASSIFIER, tmp_path)
+    before = os.umask(0o027)
+    try:
+        path = convert(find(CLASSIFIER), source, tmp_path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_full_disk_leaves_nothing_of_what_is_converted(tmp_path, full_at_a_million):
+    with pytest.raises(UserError, match=r"cannot write .*File too large"):
+        convert(find(CLASSIFIER), saved(CLASSIFIER, tmp_path), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
@@ -115,12 +140,47 @@ def test_another_file_does_not_take_its_place_unasked(tmp_path, cache):
     first = published.save(find(CLASSIFIER), tmp_path / "first.pth")
     second = published.save(find(CLASSIFIER), tmp_path / "second.pth", published.tensors(find(CLASSIFIER), 1.0))
     path = take_in(find(CLASSIFIER), first, places.destination())
-    with pytest.raises(UserError, match="is there already, and is another file; replace it with --accept"):
+    with pytest.raises(UserError, match="is there already, and is another file; --accept renames it"):
         take_in(find(CLASSIFIER), second, places.destination())
     assert path.read_bytes() == first.read_bytes()
-    take_in(find(CLASSIFIER), second, places.destination(), accept=True)
-    assert path.read_bytes() == second.read_bytes()
+    for file, old in ((second, first), (first, second)):
+        take_in(find(CLASSIFIER), file, places.destination(), accept=True)
+        assert path.read_bytes() == file.read_bytes()
+        assert fetch(CLASSIFIER) == path
+        assert sorted(cache.glob("*.old*"))[-1].read_bytes() == old.read_bytes()
+
+
+@pytest.mark.parametrize("hides", ["converted", "of the checkout"])
+def test_no_other_file_hides_what_is_taken_in(hides, tmp_path, cache, caplog):
+    first = published.save(find(CLASSIFIER), tmp_path / "first.pth")
+    second = published.save(find(CLASSIFIER), tmp_path / "second.pth", published.tensors(find(CLASSIFIER), 1.0))
+    if hides == "converted":
+        take_in(find(CLASSIFIER), first, cache)
+        hiding = convert(find(CLASSIFIER), cache / f"{CLASSIFIER}.pth", cache)
+    else:
+        Path("pyproject.toml").touch()
+        hiding = take_in(find(CLASSIFIER), first, Path("checkpoints")).absolute()
+    content = hiding.read_bytes()
+    take_in(find(CLASSIFIER), first, cache)  # what the other was made of, or equals
+    with pytest.raises(UserError, match=f"{hiding} is there already and would be found before .*; --accept renames it"):
+        take_in(find(CLASSIFIER), second, cache)
+    with caplog.at_level("INFO"):
+        path = take_in(find(CLASSIFIER), second, cache, accept=True)
     assert fetch(CLASSIFIER) == path
+    assert path.read_bytes() == second.read_bytes()
+    assert hiding.with_name(f"{hiding.name}.old").read_bytes() == content
+    assert f"{hiding} is now called {hiding.name}.old" in caplog.text
+    assert fetch(CLASSIFIER) == path == cache / f"{CLASSIFIER}.pth"
+    convert(find(CLASSIFIER), path, cache)
+
+
+def test_a_full_disk_leaves_nothing_of_what_is_taken_in(tmp_path, cache, request):
+    content = {find(CLASSIFIER).weights: published.tensors(find(CLASSIFIER)), "optimizer": torch.zeros(300_000)}
+    torch.save(content, tmp_path / "x.pth")
+    request.getfixturevalue("full_at_a_million")
+    with pytest.raises(UserError, match=r"cannot copy .*x.pth to .*: File too large"):
+        take_in(find(CLASSIFIER), tmp_path / "x.pth", cache)
+    assert not list(cache.iterdir())
 
 
 def test_another_model_is_not_taken_in(tmp_path, cache):
@@ -148,6 +208,14 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     with pytest.raises(UserError, match="pickled code is never executed"):
         take_in(find(CLASSIFIER), tmp_path / "evil.pth", places.destination())
     assert not trap.exists()
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_a_file_that_may_not_be_read(name, tmp_path, forbid):
+    (tmp_path / name).touch()
+    forbid(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name} cannot be read: Permission denied"):
+        take_in(find(CLASSIFIER), tmp_path / name, places.destination())
 
 
 def test_a_truncated_file(tmp_path):

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import resource
 import socket
 import threading
 import time
@@ -186,15 +185,6 @@ def test_a_folder_that_cannot_be_made(server, tmp_path):
         get(f"{server.url}/w", tmp_path / "file" / "weights.pth")
 
 
-@pytest.fixture
-def full_at_a_million():
-    """Lets no file of this process grow beyond a million bytes, as a full disk or a quota would."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def test_a_full_disk(server, target, part, full_at_a_million):
     server.files["w"] = CONTENT
     with pytest.raises(UserError) as error:
@@ -204,7 +194,7 @@ def test_a_full_disk(server, target, part, full_at_a_million):
 
 
 def test_one_at_a_time(server, target):
-    """Some ask at once: one downloads, the others wait and find the file."""
+    """Some ask at once: one downloads, the others wait and find the file; no lock is left."""
     server.files["w"] = CONTENT
     server.go_on = threading.Event()
     threads = [threading.Thread(target=get, args=(f"{server.url}/w", target)) for _ in range(4)]
@@ -215,4 +205,5 @@ def test_one_at_a_time(server, target):
     for thread in threads:
         thread.join()
     assert target.read_bytes() == CONTENT
+    assert leftovers(target) == set()
     assert len(server.requests) == 1

@@ -19,11 +19,10 @@ DRIVE_FILE, DRIVE_FOLDER = "spatialmamba_tiny.in1k", "msvmamba_nano.in1k"
 HUB_NAME = "plainmamba_l3_mask_rcnn_1x.coco"
 
 
-def content(value: float) -> bytes:
-    """A small file that torch wrote."""
-    path = Path(f"made-{value}.pth")
-    torch.save({"model": {"x": torch.tensor([value])}}, path)
-    return path.read_bytes()
+def content(value: float | list[float]) -> bytes:
+    """A file that torch wrote, small unless the value is a long list."""
+    torch.save({"model": {"x": torch.tensor([value])}}, "made.pth")
+    return Path("made.pth").read_bytes()
 
 
 def complaint(*args, **kwargs) -> str:
@@ -148,7 +147,7 @@ def test_wrong_hash(server, cache):
     message = complaint(at_source(server.url, sha256="0" * 64))
     assert f"is not the published {NAME}: its SHA-256 is" in message
     assert "expected 0000" in message
-    assert {path.name for path in cache.iterdir()} <= {f"{FILE}.lock"}
+    assert not list(cache.iterdir())
 
 
 def test_right_hash(server, cache):
@@ -203,12 +202,41 @@ def test_the_same_file_elsewhere_is_the_same(cache, tmp_path):
     assert "HAS CHANGED" in complaint(NAME, folder=tmp_path / "other")
 
 
-@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 and no end", b"<html>"])
-def test_what_is_no_checkpoint_is_not_remembered(cache, data):
-    put(cache, FILE, data)
-    assert "is truncated, corrupt or no checkpoint at all" in complaint(NAME)
+def legacy_content(value: float) -> bytes:
+    """What versions of torch before 1.6 wrote: pickles, and then the bytes of the tensors."""
+    torch.save({"model": {"x": torch.tensor([value])}}, "legacy.pth", _use_new_zipfile_serialization=False)
+    return Path("legacy.pth").read_bytes()
+
+
+@pytest.mark.parametrize("accept", [False, True])
+@pytest.mark.parametrize(
+    "data", [b"", b"PK\x03\x04 and no end", b"<html>", b"\x80\x02 and no end", "a legacy file without its end"]
+)
+def test_what_is_no_checkpoint_is_not_remembered(cache, data, accept):
+    put(cache, FILE, data if isinstance(data, bytes) else legacy_content(1)[:-2])
+    assert "is truncated, corrupt or no checkpoint at all" in complaint(NAME, accept=accept)
     put(cache, FILE, content(1))
     fetch(NAME)
+
+
+def test_legacy_files_are_taken(cache):
+    path = put(cache, FILE, legacy_content(1))
+    assert fetch(NAME) == path
+
+
+def test_accepting_a_change_takes_a_whole_file(cache):
+    put(cache, FILE, content(1))
+    fetch(NAME)
+    put(cache, FILE, content(2)[:-20])
+    assert "truncated" in complaint(NAME, accept=True)
+    put(cache, FILE, content(1))
+    fetch(NAME)
+
+
+@pytest.mark.parametrize("name", [FILE, f"{NAME}.safetensors"])
+def test_a_file_that_may_not_be_read(name, cache, forbid):
+    forbid(put(cache, name, content(1)))
+    assert complaint(NAME) == f"cannot read {cache / name}: Permission denied"
 
 
 def test_a_truncated_download_of_a_server_that_says_nothing(mirror, cache):
@@ -260,6 +288,15 @@ def test_from_the_hub_into_a_folder(hub, tmp_path):
         path = fetch_into(tmp_path / "mine", HUB_NAME)
         assert path == tmp_path / "mine" / f"{HUB_NAME}.pth"
         assert path.read_bytes() == content(1)
+        assert list((tmp_path / "mine").iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_nothing_of_a_copy(cache, tmp_path, request):
+    put(cache, FILE, content([0.0] * 300_000))
+    request.getfixturevalue("full_at_a_million")
+    with pytest.raises(UserError, match=f"cannot copy .*{FILE} to .*mine: File too large"):
+        fetch_into(tmp_path / "mine", NAME)
+    assert not list((tmp_path / "mine").iterdir())
 
 
 def test_from_the_cache_into_a_folder(cache, tmp_path):
@@ -296,6 +333,21 @@ def test_gdown_is_used_as_it_wants_to_be(server, tmp_path):
     drive.get(gdown, f"{server.url}/file", tmp_path / "weights.pth.part")
     assert (tmp_path / "weights.pth.part").read_bytes() == content(1)
     assert not list(tmp_path.glob("*.part?*"))
+
+
+class Gdown:
+    """The real one's manner: it takes a file of the name for the whole one."""
+
+    def download(self, url: str, output: str, **options: bool) -> None:
+        if not Path(output).exists():
+            Path(output).write_bytes(content(1))
+
+
+def test_the_start_of_a_file_is_not_taken_for_all_of_it(cache, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gdown", Gdown())
+    put(cache, f"{DRIVE_FILE}.pth.part", content(1)[:100])
+    checkpoint = dataclasses.replace(find(DRIVE_FILE), size=None)
+    assert fetch(checkpoint).read_bytes() == content(1)
 
 
 @dataclasses.dataclass

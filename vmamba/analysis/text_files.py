@@ -1,8 +1,8 @@
-"""Text files that are whole at every moment."""
+"""Text files that are whole at every moment, in folders that are made for them."""
 
-import os
 from pathlib import Path
 
+from vmamba import files
 from vmamba.errors import UserError
 
 
@@ -12,10 +12,8 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         UserError: It cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+    files.replace_text(path, text)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmamba.analysis.benchmark.jobs import DTYPES, MODES, TASKS, Job, Sweep
-from vmamba.cli.model_options import positive_integer
+from vmamba.analysis.benchmark.jobs import DTYPES, LARGEST, MODES, TASKS, Job, Sweep
+from vmamba.cli.option_types import positive_integer
+from vmamba.cli.outputs import check_outputs
 from vmamba.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def _measure(args: Namespace) -> None:
         facts = environment.describe(process.device)
         stem = args.output or Path("runs") / f"benchmark-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         book = Book(stem, facts, args.add)
+        check_outputs(book.paths, overwrite=True)  # those that are there are the book's own
         _logger.info(", ".join(f"{key} {value}" for key, value in facts.items() if value not in (None, "")))
         meter = make_meter(process.device)
         new = _fill(book, sweep, meter, args)
@@ -128,7 +130,7 @@ def _sweep(args: Namespace, device: str) -> Sweep:
         args.task,
         args.mode,
         args.dtype or ["amp-bf16" if on_gpu else "float32"],
-        [1] if args.find_batch else args.batch or [128 if on_gpu else 1],
+        [LARGEST] if args.find_batch else args.batch or [128 if on_gpu else 1],
         args.size,
         args.in_chans,
         args.channels_last,

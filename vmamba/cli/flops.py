@@ -4,7 +4,8 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmamba.cli.model_options import positive_integer
+from vmamba.cli.option_types import positive_integer
+from vmamba.cli.outputs import check_outputs
 from vmamba.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("flops"), metavar="STEM", help="with --all: writes STEM.csv and STEM.md"
     )
+    parser.add_argument("--overwrite", action="store_true", help="with --all: write over a table that is there")
 
 
 def run(args: Namespace) -> None:
@@ -50,12 +52,16 @@ def _print_model(args: Namespace) -> None:
     from vmamba.training.model_factory import ModelRequest, create, default_cfg
 
     height, width = args.size or default_cfg(args.model).input_size[1:]
-    # Models that are built for one size get it; those are square.
-    request = ModelRequest(args.model, img_size=height if height == width else None, kwargs={"in_chans": args.in_chans})
+    built_for = {"img_size": (height, width)} if default_cfg(args.model).fixed_input_size else {}
+    request = ModelRequest(args.model, kwargs={"in_chans": args.in_chans, **built_for})
     with torch.device("meta"):
         model = create(request)
     size = (args.in_chans, height, width)
-    costs = break_down(model, size, args.depth)
+    try:
+        costs = break_down(model, size, args.depth)
+    except (AssertionError, RuntimeError, ValueError) as error:  # of any model of timm
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{args.model} takes no images of {height}x{width}, try another --size: {reason}") from error
     total = costs.modules[0]
     print(
         f"{args.model} at {height}x{width}: {total.params / 1e6:.3f} M parameters, {total.macs / 1e9:.4g} GMACs, "
@@ -113,14 +119,17 @@ def _write_table(args: Namespace) -> None:
     from vmamba.analysis.cost_table import as_csv, as_markdown, cost_rows
     from vmamba.analysis.text_files import replace_text
 
+    stem: Path = args.output
+    formats = {stem.with_name(f"{stem.name}.csv"): as_csv, stem.with_name(f"{stem.name}.md"): as_markdown}
+    check_outputs(formats, args.overwrite)
     rows = []
     for row in cost_rows(ask_fvcore=not args.no_fvcore):
         rows.append(row)
-        for suffix, text in ((".csv", as_csv(rows)), (".md", as_markdown(rows))):
-            replace_text(args.output.with_name(args.output.name + suffix), text)
+        for path, as_text in formats.items():
+            replace_text(path, as_text(rows))
         published = "-" if row.published_g is None else row.published_g
         print(f"{row.model:<32} {row.macs / 1e9:8.3f} GMACs, published {published}", flush=True)
-    print(f"wrote  {args.output}.csv and .md")
+    print(f"wrote  {stem}.csv and .md")
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -3,9 +3,9 @@
 import importlib
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Action, ArgumentError, ArgumentParser
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vmamba import __version__
 from vmamba.errors import UserError, nearest
@@ -69,24 +69,36 @@ def _dispatch(arguments: list[str]) -> int:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        extra = "vmamba[mm]" if module_name.startswith("vmamba.mm.") else "vmamba"
         raise UserError(
-            f"vmamba {name} needs '{error.name}', which is not installed; see the extras in the README"
+            f"vmamba {name} needs '{error.name}', which is not installed; it comes with: pip install '{extra}'"
         ) from error
     parser = _Parser(f"vmamba {name}", description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False)
     module.add_arguments(parser)
-    module.run(parser.parse(arguments[1:]))
+    module.run(parser.parse_args(arguments[1:]))
     return 0
 
 
 class _Parser(ArgumentParser):
-    """Reports mistakes in one line, without the usage before it, and names the options that are near."""
+    """Reports mistakes in one line, without the usage before it, and names what is near.
 
-    def parse(self, arguments: Sequence[str]) -> Namespace:
-        args, unknown = self.parse_known_args(arguments)
+    Parsers of sub-commands are of this class too, and answer for their own options.
+    """
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        parsed, unknown = super().parse_known_args(*args, **kwargs)
         if unknown:
             options = [option for action in self._actions for option in action.option_strings]
-            raise UserError(f"{self.prog} does not know '{unknown[0]}'{nearest(unknown[0], options)}")
-        return args
+            near = nearest(unknown[0].partition("=")[0], options)
+            raise UserError(f"{self.prog} does not know '{unknown[0]}'{near}")
+        return parsed, unknown
+
+    def _check_value(self, action: Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except ArgumentError as error:
+            near = nearest(str(value), map(str, action.choices or ()))
+            raise ArgumentError(action, f"{error.message}{near}") from None
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}")

@@ -4,8 +4,9 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vmamba.cli.option_types import positive_integer, share
 from vmamba.errors import UserError
-from vmamba.training.config import AMP_CHOICES
+from vmamba.training.config import AMP_CHOICES, INTERPOLATIONS
 
 if TYPE_CHECKING:
     from vmamba.training.model_factory import Classifier
@@ -18,13 +19,17 @@ def add_model_options(parser: ArgumentParser) -> None:
     group.add_argument("--model", metavar="NAME", help="any model name timm knows; a run's checkpoint knows its own")
     group.add_argument("--pretrained", action="store_true", help="use the published weights of --model")
     group.add_argument(
-        "--num-classes", type=int, metavar="N", help="outputs of the classifier (default: the model's own)"
+        "--num-classes", type=positive_integer, metavar="N", help="outputs of the classifier (default: the model's own)"
     )
-    group.add_argument("--img-size", type=int, metavar="N", help="side of the input (default: the model's own)")
     group.add_argument(
-        "--crop-pct", type=float, metavar="X", help="share of the resized image that the centre crop keeps"
+        "--img-size", type=positive_integer, metavar="N", help="side of the input (default: the model's own)"
     )
-    group.add_argument("--interpolation", metavar="NAME", help="bicubic, bilinear, ...")
+    group.add_argument(
+        "--crop-pct", type=share, metavar="X", help="share of the resized image that the centre crop keeps"
+    )
+    group.add_argument(
+        "--interpolation", choices=INTERPOLATIONS, metavar="NAME", help=f"one of {', '.join(INTERPOLATIONS)}"
+    )
     run = parser.add_argument_group("run")
     run.add_argument(
         "--batch-size", type=positive_integer, default=128, metavar="N", help="images at a time (default: 128)"
@@ -51,6 +56,11 @@ def load_model(args: Namespace) -> "Classifier":
     else:
         model = create(request, pretrained=True).eval()
         classifier = Classifier(model, args.model, preprocessing(model))
+    if args.num_classes not in (None, classifier.num_classes):
+        raise UserError(
+            f"--num-classes is {args.num_classes}, but {classifier.name} has {classifier.num_classes} trained outputs; "
+            "leave it out"
+        )
     _override_preprocessing(classifier.preprocessing, args)
     if classifier.class_names is None and not classifier.origin:
         classifier.class_names = _imagenet_names(classifier.num_classes)
@@ -74,11 +84,3 @@ def _imagenet_names(num_classes: int) -> list[str] | None:
         return None
     # The lemmas of a class, "tench, Tinca tinca"; the first one will do.
     return [name.split(",")[0] for name in ImageNetInfo(subset).label_descriptions()]
-
-
-def positive_integer(text: str) -> int:
-    """Type of an option; argparse names the function in its message."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from vmamba.errors import UserError
+
 
 @contextlib.contextmanager
 def on_terminal(is_first: bool = True) -> Iterator[None]:
@@ -34,8 +36,15 @@ def on_terminal(is_first: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_file(path: Path) -> Iterator[None]:
-    """Also append all messages, with the time, to a file."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    """Also append all messages, with the time, to a file.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    try:
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
     with _attached(handler):
         yield

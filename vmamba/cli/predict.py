@@ -1,11 +1,11 @@
 """`vmamba predict`."""
 
-import contextlib
 import csv
+import io
 import logging
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageOps
 
 from vmamba.cli.model_options import add_model_options, load_model
+from vmamba.cli.option_types import positive_integer
+from vmamba.cli.outputs import check_folders, check_outputs, check_picture
 from vmamba.errors import UserError
 from vmamba.training.config import DIGITS
 
@@ -44,16 +46,37 @@ class Prediction:
     answers: list[tuple[str, float]]
 
 
+class Table:
+    """Predictions as CSV, a line for each answer."""
+
+    def __init__(self) -> None:
+        self.text = io.StringIO()
+        self._writer = csv.writer(self.text)
+        self._writer.writerow(["image", "rank", "class", "probability"])
+
+    def add(self, prediction: Prediction) -> None:
+        self._writer.writerows(
+            (prediction.name, rank, name, f"{share:.6f}") for rank, (name, share) in enumerate(prediction.answers, 1)
+        )
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """The images, what to write, and the options of the model."""
     parser.add_argument(
         "paths", nargs="+", metavar="PATH", help=f"images, folders of images, or '{DIGITS}' for held-out digits"
     )
-    parser.add_argument("--topk", type=int, default=5, metavar="K", help="answers for each image (default: 5)")
     parser.add_argument(
-        "--output", default="predictions.png", metavar="FILE", help="picture to write (default: predictions.png)"
+        "--topk", type=positive_integer, default=5, metavar="K", help="answers for each image (default: 5)"
     )
-    parser.add_argument("--csv", metavar="FILE", help="also write the answers as a table")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("predictions.png"),
+        metavar="FILE",
+        help="picture to write (default: predictions.png)",
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the answers as a table")
+    parser.add_argument("--overwrite", action="store_true", help="write over files of these names")
     add_model_options(parser)
 
 
@@ -61,24 +84,27 @@ def run(args: Namespace) -> None:
     """Predict, print the answers, and draw them."""
     from vmamba.cli.output import on_terminal
     from vmamba.cli.prediction_grid import MOST_PICTURES, draw_predictions
+    from vmamba.files import replace_text
     from vmamba.training.distributed import join
 
-    if args.topk < 1:
-        raise UserError(f"--topk is {args.topk}, expected at least 1")
-    with join(args.device) as process, on_terminal(), _table(args.csv) as write:
+    _check_outputs(args)
+    with join(args.device) as process, on_terminal():
         images = read_images(args.paths)
         first = next(images, None)  # a mistake in the paths must not wait for the model
         if first is None:
             raise UserError(f"no images in {', '.join(args.paths)}")
         classifier = load_model(args)
+        table = Table()
         shown: list[Prediction] = []
         for prediction in predict(classifier, chain([first], images), args.topk, args.batch_size, args.amp, process):
             answers = "   ".join(f"{name} {100 * share:.1f} %" for name, share in prediction.answers)
             _logger.info(f"{prediction.name}:  {answers}")
-            write(prediction)
+            table.add(prediction)
             if len(shown) < MOST_PICTURES:
                 shown.append(prediction)
-        draw_predictions(shown, Path(args.output))
+        draw_predictions(shown, args.output)
+        if args.csv is not None:
+            replace_text(args.csv, table.text.getvalue())
         _logger.info(f"wrote  {args.output}{f' and {args.csv}' if args.csv else ''}")
 
 
@@ -173,19 +199,15 @@ def _class_name(classifier: "Classifier", index: int) -> str:
     return classifier.class_names[index] if classifier.class_names else f"class {index}"
 
 
-@contextlib.contextmanager
-def _table(path: str | None) -> Iterator[Callable[[Prediction], None]]:
-    """Gives a function that writes a prediction to a CSV file, or does nothing without one."""
-    if path is None:
-        yield lambda prediction: None
-        return
-    try:
-        file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115  (closed below)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    with file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "rank", "class", "probability"])
-        yield lambda prediction: writer.writerows(
-            (prediction.name, rank, name, f"{share:.6f}") for rank, (name, share) in enumerate(prediction.answers, 1)
-        )
+def _check_outputs(args: Namespace) -> None:
+    """A mistake in the files to write must not wait for the answers, nor cost a file that is there."""
+    outputs = [path for path in (args.output, args.csv) if path is not None]
+    read = [Path(path) for path in (*args.paths, args.checkpoint) if path is not None]
+    for path in outputs:
+        if path.exists() and any(other.exists() and path.samefile(other) for other in read):
+            raise UserError(f"{path} is read, and cannot be written as well; give the output another name")
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise UserError(f"--output and --csv both name {args.csv}; give one of them another name")
+    check_picture(args.output)
+    check_folders(outputs)
+    check_outputs(outputs, args.overwrite)

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from vmamba.errors import UserError
+from vmamba.files import replaced
 
 if TYPE_CHECKING:
     from vmamba.cli.predict import Prediction
@@ -40,10 +40,8 @@ def draw_predictions(predictions: "Sequence[Prediction]", path: Path) -> None:
         row, column = divmod(index, columns)
         _draw_image(figure.add_subplot(grid[2 * row, column]), prediction)
         _draw_answers(figure.add_subplot(grid[2 * row + 1, column]), prediction, answers)
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {error}") from error
+    with replaced(path) as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 def _draw_image(axes: Axes, prediction: "Prediction") -> None:

@@ -1,7 +1,6 @@
 """`vmamba show`: pictures of what a model does with images."""
 
 import logging
-import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +8,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vmamba.cli.option_types import positive_integer
+from vmamba.cli.outputs import check_folders, check_outputs, check_picture
 from vmamba.errors import UserError, nearest
+from vmamba.files import replaced
 from vmamba.training.config import DIGITS
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
             help=f"images, folders of images, or '{DIGITS}' for held-out digits (default)",
         )  # fmt: skip
         parsers[kind].add_argument(
-            "--limit", type=_positive, default=images, metavar="N", help=f"images at most (default: {images})"
+            "--limit", type=positive_integer, default=images, metavar="N", help=f"images at most (default: {images})"
         )
     parsers["attention"].add_argument("--block", metavar="NAME", help="such as stages.2.blocks.1 (default: the middle)")
     parsers["attention"].add_argument(
@@ -87,7 +89,8 @@ def run(args: Namespace) -> None:
         path = Path(args.output or f"{args.kind}_{shown.name.partition('.')[0]}.png")
         _check_output(path, args.overwrite)
         figure = draw(args, shown, process.device)
-        _write(figure, path)
+        with replaced(path) as temporary:
+            figure.savefig(temporary, dpi=_DPI)
         _logger.info(f"wrote  {path}")
 
 
@@ -251,33 +254,9 @@ def _progress(batches: Any, name: str) -> Iterator[Any]:
 
 
 def _check_output(path: Path, overwrite: bool) -> None:
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:].lower() not in formats:
-        raise UserError(f"cannot write '{path}': no picture ends in '{path.suffix}'; use .png or .svg")
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} is there already; --overwrite replaces it, --output FILE gives another name")
-
-
-def _write(figure: "Figure", path: Path) -> None:
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        figure.savefig(temporary, dpi=_DPI)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ArgumentTypeError(f"'{text}' is not positive")
-    return value
+    check_picture(path)
+    check_folders([path])
+    check_outputs([path], overwrite)
 
 
 def _size(text: str) -> tuple[int, int]:

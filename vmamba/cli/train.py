@@ -9,8 +9,9 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vmamba.cli.option_types import positive_integer
 from vmamba.errors import UserError
-from vmamba.training.config import DIGITS, TrainConfig, bundled, default_recipe, load, parse
+from vmamba.training.config import DIGITS, TrainConfig, bundled, default_recipe, flag, load, parse
 
 if TYPE_CHECKING:
     from vmamba.training.distributed import Process
@@ -36,7 +37,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--output", default="runs", metavar="DIR", help="folder for runs (default: runs)")
     parser.add_argument("--name", help="name of the run's folder (default: MODEL-DATA, with a number if taken)")
-    parser.add_argument("--stop-after", type=int, metavar="N", help="stop after N epochs, to be resumed later")
+    parser.add_argument(
+        "--stop-after", type=positive_integer, metavar="N", help="stop after N epochs, to be resumed later"
+    )
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(TrainConfig):
         name = field.metadata["group"]
@@ -59,9 +62,14 @@ def run(args: Namespace) -> None:
     if args.config or args.name:
         raise UserError("--resume goes on with the config and folder of the run; leave --config and --name out")
     folder, content = _read_run(Path(args.resume))
-    config = parse({**content["config"], **overrides}, "--resume")
+    config = parse(content["config"], f"config of {folder}", overrides)
     if config.model != content["arch"]:
         raise UserError(f"{folder} is a run of '{content['arch']}' and cannot be resumed as '{config.model}'")
+    if config.opt != content["config"]["opt"]:
+        raise UserError(
+            f"{folder} is a run with the optimiser '{content['config']['opt']}', whose state is of no use to "
+            f"'{config.opt}'; leave --opt out, or start a new run with --initial-checkpoint"
+        )
     _train(args, config, folder, content)
 
 
@@ -85,7 +93,7 @@ def _train_in(
     import torch
 
     from vmamba.cli.output import in_file
-    from vmamba.training import checkpoint
+    from vmamba.files import remove_leftovers
     from vmamba.training.trainer import LAST_NAME, Trainer
 
     trainer = Trainer(config, process, content, show_bar=sys.stderr.isatty())
@@ -95,7 +103,7 @@ def _train_in(
     with contextlib.ExitStack() as log:
         if process.is_first:
             log.enter_context(in_file(folder / LOG_NAME))
-            for leftover in checkpoint.remove_leftovers(folder):
+            for leftover in remove_leftovers(folder):
                 _logger.warning(f"removed {leftover.name}, left by a save that was cut off")
         try:
             best = trainer.fit(folder, args.stop_after)
@@ -116,13 +124,12 @@ def _train_in(
 
 
 def _add_field(group: Any, field: dataclasses.Field) -> None:
-    flag = "--" + field.name.replace("_", "-")
     # "%" would start a format of argparse.
     help_text = field.metadata["help"].replace("%", "%%")
     if field.type is bool or field.type == "bool":
-        group.add_argument(flag, action=BooleanOptionalAction, default=None, help=help_text)
+        group.add_argument(flag(field.name), action=BooleanOptionalAction, default=None, help=help_text)
     else:
-        group.add_argument(flag, metavar="VALUE", help=help_text)
+        group.add_argument(flag(field.name), metavar="VALUE", help=help_text)
 
 
 def _read_run(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -132,7 +139,7 @@ def _read_run(path: Path) -> tuple[Path, dict[str, Any]]:
 
     file = path / LAST_NAME if path.is_dir() else path
     content = checkpoint.read(file)
-    if content.get(checkpoint.FORMAT_KEY) != checkpoint.TRAINING_FORMAT:
+    if not checkpoint.is_own(content, file) or content[checkpoint.FORMAT_KEY] != checkpoint.TRAINING_FORMAT:
         raise UserError(f"{file} holds weights only; a run is resumed from its {LAST_NAME}")
     return file.parent, content
 

@@ -7,7 +7,9 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmamba.cli.model_options import add_model_options, load_model, positive_integer
+from vmamba.cli.model_options import add_model_options, load_model
+from vmamba.cli.option_types import not_negative, positive_integer
+from vmamba.cli.outputs import check_outputs
 from vmamba.errors import UserError
 from vmamba.training.config import DIGITS
 
@@ -27,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--data-dir", metavar="DIR", help="root folder or cache of a timm reader")
     group.add_argument("--split", help="split, or sub-folder, to validate on (default: validation)")
     group.add_argument("--class-map", metavar="FILE", help="text file with one class name a line, in the model's order")
-    group.add_argument("--workers", type=int, default=4, metavar="N", help="loader processes (default: 4)")
+    group.add_argument("--workers", type=not_negative, default=4, metavar="N", help="loader processes (default: 4)")
     add_model_options(parser)
     sizes = parser.add_argument_group("many sizes")
     sizes.add_argument(
@@ -40,6 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="STEM",
         help="writes STEM.csv and STEM.png (default: sizes)",
     )
+    sizes.add_argument("--overwrite", action="store_true", help="write over files of these names")
 
 
 def run(args: Namespace) -> None:
@@ -60,16 +63,19 @@ def _validate_at_sizes(args: Namespace, process: "Process") -> None:
     """Validates at one size after the other, and keeps what there is so far in the files."""
     from vmamba.analysis.resolution import as_csv, draw
     from vmamba.analysis.text_files import replace_text
+    from vmamba.files import replaced
 
-    trained_at = load_model(args).preprocessing["input_size"][-1]
     table, picture = (args.output.with_name(args.output.name + suffix) for suffix in (".csv", ".png"))
+    check_outputs([table, picture], args.overwrite)
+    trained_at = load_model(args).preprocessing["input_size"][-1]
     records: list[SizeRecord] = []
     for size in args.sizes:
         args.img_size = size
         records.append(_validate(args, process))
         if process.is_first:
             replace_text(table, as_csv(records))
-            draw(records, trained_at, picture)
+            with replaced(picture) as temporary:
+                draw(records, trained_at, temporary)
     _logger.info(f"wrote  {table} and {picture}")
 
 
@@ -118,15 +124,17 @@ def _source(args: Namespace, origin: dict) -> "tuple[DataSource, str]":
     """The data that the options name, or else those the checkpoint was validated on."""
     from vmamba.training.data import DataSource
 
-    origin = dict(origin)
-    split = args.split or origin.pop("split", "validation")
+    known = {"split": "validation", **origin}
+    split = known.pop("split")
     if args.data is not None:
-        return DataSource(args.data, args.data_dir, args.class_map), split
-    if not origin:
+        known = {"data": args.data}
+    if not known:
         raise UserError("which images? give --data DIR")
-    if args.class_map is not None:
-        origin["class_map"] = args.class_map
-    return DataSource(**origin), split
+    options = {"data_dir": args.data_dir, "class_map": args.class_map}
+    source = DataSource(**{**known, **{key: value for key, value in options.items() if value is not None}})
+    if args.data_dir is not None and not source.prefix:
+        raise UserError(f"--data-dir is for timm readers such as hfds/NAME, and '{source.data}' is none; leave it out")
+    return source, args.split or split
 
 
 def _check_classes(names: list[str] | None, classifier: "Classifier", data: str) -> None:

@@ -2,7 +2,7 @@
 
 import fnmatch
 import logging
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from vmamba.errors import UserError, nearest
@@ -46,7 +46,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
     action = actions.add_parser("push", help="upload converted weights to the Hugging Face hub", allow_abbrev=False)
     action.add_argument("name", metavar="NAME")
-    action.add_argument("--to", required=True, dest="repository", metavar="OWNER/NAME", help="repository on the hub")
+    action.add_argument(
+        "--to", required=True, dest="repository", metavar="OWNER/NAME", type=_repository, help="yours on the hub"
+    )
     action.add_argument("--private", action="store_true", help="if the repository is created, make it private")
     action.add_argument("--upload", action="store_true", help="do it; without, only say what would be done")
     action.set_defaults(act=_push)
@@ -68,8 +70,20 @@ def _add_destination(parser: ArgumentParser) -> None:
 
 def _add_accept(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--accept", action="store_true", help="take files that are not what was published or seen before"
+        "--accept", action="store_true", help="take whole files that are not what was published or seen before"
     )
+
+
+def _repository(text: str) -> str:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(text)
+        if "/" not in text:  # such as those that the hub itself has
+            raise HFValidationError
+    except HFValidationError:
+        raise ArgumentTypeError(f"'{text}' is no name of a repository such as OWNER/NAME") from None
+    return text
 
 
 def _list(args: Namespace) -> None:
@@ -100,24 +114,25 @@ def _download(args: Namespace) -> None:
 def _verify(args: Namespace) -> None:
     from vmamba.weights import checkpoints, find, places, record
 
-    wrong = right = 0
+    found = []
     for checkpoint in [find(name) for name in args.names] or checkpoints().values():
-        path = places.local(checkpoint)
-        if path is None:
-            if args.names:
-                raise UserError(f"{checkpoint.name} is not here; get it: vmamba weights download {checkpoint.name}")
-            continue
+        paths = places.all_local(checkpoint)
+        if args.names and not paths:
+            raise UserError(f"{checkpoint.name} is not here; get it: vmamba weights download {checkpoint.name}")
+        found += [(checkpoint, path) for path in paths]
+    wrong = 0
+    for checkpoint, path in found:
         try:
             digest = record.check(checkpoint, path, str(path), accept=args.accept, anew=True)
+            _logger.info(f"{checkpoint.name}: {digest}  {path}")
+        except record.RecordError:
+            raise
         except UserError as error:
             wrong += 1
             _logger.error(str(error))
-        else:
-            right += 1
-            _logger.info(f"{checkpoint.name}: {digest}  {path}")
     if wrong:
-        raise UserError(f"{wrong} of {wrong + right} files are not what they were or should be")
-    if not right:
+        raise UserError(f"{wrong} of {len(found)} files are not what they were or should be")
+    if not found:
         _logger.info("no weights are here yet")
 
 

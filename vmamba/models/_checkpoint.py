@@ -141,6 +141,8 @@ def why_unreadable(error: Exception, location: str) -> str:
         return f"could not be downloaded: {error}"
     if not Path(location).is_file():
         return "there is no such file" if isinstance(error, FileNotFoundError) else f"could not be read: {error}"
+    if refusal := _refusal(error, location):
+        return f"cannot be read: {refusal}"
     try:
         refused = torch.serialization.get_unsafe_globals_in_checkpoint(location)
     except Exception:
@@ -152,6 +154,15 @@ def why_unreadable(error: Exception, location: str) -> str:
         )
     size = Path(location).stat().st_size
     return f"is truncated, corrupt or no checkpoint at all ({size:,} bytes)"
+
+
+def _refusal(error: Exception, location: str) -> str | None:
+    """What the system refused: as it says when asked again, since safetensors finds any such file absent."""
+    try:
+        Path(location).open("rb").close()
+    except OSError as refusal:
+        return refusal.strerror
+    return error.strerror if isinstance(error, OSError) else None
 
 
 def _some(keys: Any, most: int = 3) -> str:

@@ -4,7 +4,6 @@ A file holds tensors, numbers, strings, lists and dictionaries only, so ``torch.
 weights lie under ``state_dict`` (and ``state_dict_ema``), where timm looks for them.
 """
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,49 +13,24 @@ import torch
 from torch import nn
 
 from vmamba.errors import UserError
+from vmamba.files import replaced
 from vmamba.models._checkpoint import HARMLESS_TYPES
 
 FORMAT_KEY = "format"
 WEIGHTS_FORMAT = "vmamba-weights-1"  # best.pth: one set of weights, and what is needed to use them
 TRAINING_FORMAT = "vmamba-training-1"  # last.pth: everything needed to go on
 
-_TEMPORARY = ".tmp-"
 _SHOWN_MISMATCHES = 3
 
 
 def save(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint so that the file at ``path`` is complete at every moment.
 
-    The content goes to a temporary file in the same folder, which takes the name once it is safe on disk. After a full
-    disk, or a kill at any point, the previous file is still there.
-
     Raises:
         UserError: The file could not be written.
     """
-    temporary = path.with_name(f".{path.name}{_TEMPORARY}{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        # torch wraps the system's error into a RuntimeError of its own that does not say what happened.
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else " ".join(str(cause).split())
-        kept = "; the previous one is intact" if path.exists() else ""
-        raise UserError(f"cannot save checkpoint {path}: {reason}{kept}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path) -> list[Path]:
-    """Delete the temporary files of a save that was killed; returns what was deleted."""
-    leftovers = sorted(folder.glob(f".*{_TEMPORARY}*"))
-    for leftover in leftovers:
-        leftover.unlink()
-    return leftovers
+    with replaced(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -65,10 +39,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         UserError: There is no such file, it is damaged, or it holds objects that cannot be trusted to be mere data.
     """
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, expected a checkpoint file")
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} not found")
+    check_readable(path)
     try:
         with torch.serialization.safe_globals(HARMLESS_TYPES):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -85,6 +56,34 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a checkpoint (a dictionary)")
     return content
+
+
+def check_readable(path: Path) -> None:
+    """Raises UserError unless there is a file that may be read, whatever is in it."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, expected a checkpoint file")
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} not found")
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from error
+
+
+def is_own(content: Mapping[str, Any], path: Path) -> bool:
+    """Whether the content of ``path`` is in one of the formats of this module.
+
+    Raises:
+        UserError: It is in a format that only a later version of the package knows.
+    """
+    found = content.get(FORMAT_KEY)  # of others' files, anything
+    if not isinstance(found, str):
+        return False
+    known = found in (WEIGHTS_FORMAT, TRAINING_FORMAT)
+    if not known and re.fullmatch(r"vmamba-(weights|training)-\d+", found):
+        raise UserError(f"{path} has the format '{found}', which this version of vmamba cannot read; update vmamba")
+    return known
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], origin: str) -> None:
@@ -138,13 +137,3 @@ def _foreign_objects(path: Path) -> list[str]:
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # the file is damaged, in one of the many ways a file can be
         return []
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name itself survive a power cut."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

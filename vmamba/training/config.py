@@ -5,9 +5,11 @@ written here and nowhere else. This module does not import torch, so that ``vmam
 """
 
 import dataclasses
+import os
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ import yaml
 from vmamba.errors import UserError, nearest
 
 DIGITS = "digits"
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+READER_PREFIXES = ("hfds", "hfids", "tfds", "wds", "torch")
 BASE_KEY = "base"
 
 
@@ -66,7 +70,7 @@ class TrainConfig:
     workers: int = _data(4, "loader processes for each training process; 0: load in the training process")
     mean: tuple[float, ...] | None = _data(None, "mean of each channel in 0..1; null: the model's own")
     std: tuple[float, ...] | None = _data(None, "standard deviation of each channel in 0..1; null: the model's own")
-    interpolation: str | None = _data(None, "bicubic, bilinear, ...; null: the model's own")
+    interpolation: str | None = _data(None, f"{', '.join(INTERPOLATIONS)}; null: the model's own")
     crop_pct: float | None = _data(None, "share of the resized image that the validation crop keeps; null: model's own")
 
     scale: tuple[float, float] = _augment((0.08, 1.0), "area of the random resized crop, as shares of the image")
@@ -86,6 +90,9 @@ class TrainConfig:
     mixup_switch_prob: float = _augment(0.5, "probability of cutmix where both are on")
     mixup_mode: str = _augment("batch", "batch, pair or elem; only batch is independent of the number of processes")
     smoothing: float = _augment(0.1, "label smoothing")
+    repeated_aug: int = _augment(
+        1, "times an image comes in an update, each time augmented anew; N: an Nth of the images"
+    )
 
     epochs: int = _optimise(300, "epochs in all, warm-up included")
     batch_size: int = _optimise(1024, "GLOBAL batch size: images in one update, over all processes and accumulation")
@@ -109,6 +116,9 @@ class TrainConfig:
     ema_decay: float = _optimise(0.9999, "decay of that average")
     ema_warmup: bool = _optimise(False, "let the decay grow from 0 to ema_decay; for short runs")
 
+    mesa: float = _optimise(0.0, "weight of the cross-entropy with the moving average's output (MESA); 0: off")
+    mesa_start: float = _optimise(0.25, "share of the epochs after which MESA begins")
+
     seed: int = _run(0, "seed of everything random")
     device: str = _run("auto", "auto, cpu, cuda or cuda:N")
     threads: int | None = _run(None, "CPU threads of each training process; null: torch's choice")
@@ -116,27 +126,70 @@ class TrainConfig:
 
 
 AMP_CHOICES = ("none", "bf16", "fp16")
-MIXUP_MODES = ("batch", "pair", "elem")
+
+_CHOICES = {
+    "amp": AMP_CHOICES,
+    "interpolation": INTERPOLATIONS,
+    "mixup_mode": ("batch", "pair", "elem"),
+    "remode": ("const", "rand", "pixel"),
+}
+
+# The values that make sense, in words and as a test; of a tuple, each number is tested.
+_RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "at least 1": (
+        lambda value: value >= 1,
+        (
+            "num_classes",
+            "img_size",
+            "recount",
+            "epochs",
+            "batch_size",
+            "accumulate",
+            "repeated_aug",
+            "lr_batch_size",
+            "threads",
+        ),
+    ),
+    "0 or more": (
+        lambda value: value >= 0,
+        (
+            *("workers", "color_jitter", "mixup", "cutmix"),
+            *("opt_eps", "warmup_lr", "min_lr", "weight_decay", "warmup_epochs", "mesa", "seed"),
+        ),
+    ),
+    "more than 0": (lambda value: value > 0, ("lr", "clip_grad", "std", "scale", "ratio")),
+    "from 0 to 1": (
+        lambda value: 0 <= value <= 1,
+        ("mean", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "mesa_start"),
+    ),
+    "0 or more and less than 1": (
+        lambda value: 0 <= value < 1,
+        ("drop_rate", "drop_path_rate", "smoothing", "opt_betas", "ema_decay"),
+    ),
+    "more than 0 and at most 1": (lambda value: 0 < value <= 1, ("crop_pct", "layer_decay")),
+}
 
 
-def parse(values: Mapping[str, Any], origin: str) -> TrainConfig:
+def parse(values: Mapping[str, Any], origin: str, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
     """Build a configuration from plain values, as YAML or a command line gives them.
 
     Args:
         values: Field names and values; fields left out keep their default.
         origin: Where the values come from, for error messages.
+        overrides: Field names and values that win; those of flags, and called so in error messages.
 
     Raises:
         UserError: An unknown key, or a value of the wrong type or out of range.
     """
+    overrides = overrides or {}
     hints = typing.get_type_hints(TrainConfig)
     converted = {}
-    for key, value in values.items():
+    for key, value in {**values, **overrides}.items():
         if key not in hints:
             raise UserError(f"{origin}: unknown key '{key}'{nearest(key, hints)}")
-        converted[key] = _convert(value, hints[key], f"{origin}: {key}")
+        converted[key] = _convert(value, hints[key], _place(key, origin, overrides))
     config = TrainConfig(**converted)
-    _check(config, origin)
+    _check(config, origin, overrides)
     return config
 
 
@@ -148,7 +201,7 @@ def load(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Train
         overrides: Field names and values that win over the file.
     """
     path = find(name_or_path)
-    return parse({**_read_with_bases(path), **(overrides or {})}, path.name)
+    return parse(_read_with_bases(path), path.name, overrides)
 
 
 def default_recipe(model: str | None, data: str | None) -> str:
@@ -174,6 +227,8 @@ def find(name_or_path: str) -> Path:
         return known[name_or_path]
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or path.exists():
+        if path.is_dir():
+            raise UserError(f"config {path} is a folder, expected a YAML file or the name of a bundled recipe")
         if not path.is_file():
             raise UserError(f"config file {path} not found")
         return path
@@ -188,6 +243,31 @@ def dump(config: TrainConfig) -> str:
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Plain values, fit for YAML and for a checkpoint."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(config).items()}
+
+
+def flag(key: str) -> str:
+    """The flag of a field."""
+    return "--" + key.replace("_", "-")
+
+
+def reader_prefix(data: str) -> str:
+    """Prefix of a timm reader that ``data`` names, or an empty string."""
+    prefix, separator, _ = data.partition("/")
+    return prefix.lower() if separator and prefix.lower() in READER_PREFIXES else ""
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The same configuration, with a meaning that does not depend on the folder one is in."""
+    keys = ["class_map", "initial_checkpoint"]
+    if config.data != DIGITS and not reader_prefix(config.data):
+        keys.append("data")
+    paths = {key: getattr(config, key) for key in keys}
+    # What does not exist may be relative to something else, as a class map to its data.
+    found = {key: value for key, value in paths.items() if value is not None and os.path.exists(value)}
+    # A reader makes its cache, if need be; but some have their root in a network.
+    if config.data_dir is not None and not re.match(r"\w+:", config.data_dir):
+        found["data_dir"] = config.data_dir
+    return dataclasses.replace(config, **{key: os.path.abspath(value) for key, value in found.items()})
 
 
 def _bundled_folder() -> Path:
@@ -212,6 +292,8 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read config file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if values is None:
@@ -267,28 +349,35 @@ def _type_name(hint: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
 
 
-def _check(config: TrainConfig, origin: str) -> None:
+def _place(key: str, origin: str, overrides: Collection[str]) -> str:
+    """Where the value of a field comes from, for error messages."""
+    return flag(key) if key in overrides else f"{origin}: {key}"
+
+
+def _check(config: TrainConfig, origin: str, overrides: Collection[str]) -> None:
     def require(good: bool, key: str, expected: str) -> None:
         if not good:
-            raise UserError(f"{origin}: {key} is {getattr(config, key)!r}, expected {expected}")
+            raise UserError(f"{_place(key, origin, overrides)} is {getattr(config, key)!r}, expected {expected}")
 
-    require(config.amp in AMP_CHOICES, "amp", " or ".join(AMP_CHOICES))
-    require(config.mixup_mode in MIXUP_MODES, "mixup_mode", " or ".join(MIXUP_MODES))
     if config.fine_tuning and not (config.pretrained or config.initial_checkpoint):
         raise UserError(
             f"{origin}: its rates are for trained weights; give --initial-checkpoint FILE or --pretrained, or another "
             "--config to train from random weights"
         )
-    require(config.epochs > 0, "epochs", "at least 1")
-    require(
-        0 <= config.warmup_epochs < config.epochs, "warmup_epochs", f"0 or more and less than epochs ({config.epochs})"
-    )
-    require(config.batch_size > 0, "batch_size", "at least 1")
-    require(config.accumulate > 0, "accumulate", "at least 1")
-    require(config.workers >= 0, "workers", "0 or more")
-    require(config.threads is None or config.threads > 0, "threads", "at least 1")
-    require(config.seed >= 0, "seed", "0 or more")
-    require(config.lr > 0, "lr", "more than 0")
-    require(0 <= config.smoothing < 1, "smoothing", "0 or more and less than 1")
+    for key, choices in _CHOICES.items():
+        require(getattr(config, key) in (None, *choices), key, " or ".join(choices))
+    for expected, (makes_sense, keys) in _RANGES.items():
+        for key in keys:
+            require(all(map(makes_sense, _numbers(getattr(config, key)))), key, expected)
     for key in ("scale", "ratio"):
-        require(len(getattr(config, key)) == 2, key, "two numbers")
+        value = getattr(config, key)
+        require(len(value) == 2 and value[0] <= value[1], key, "two numbers, the smaller one first")
+    require(config.scale[1] <= 1, "scale", "shares of the image, at most 1")
+    require(config.warmup_epochs < config.epochs, "warmup_epochs", f"less than epochs ({config.epochs})")
+    require(config.mesa == 0 or config.ema, "mesa", "0 without ema, whose weights it follows")
+
+
+def _numbers(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)

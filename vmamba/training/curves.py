@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vmamba.files import replaced
 from vmamba.training.records import EpochRecord
 
 CURVES_NAME = "curves.png"
@@ -37,7 +38,8 @@ def draw_curves(records: Sequence[EpochRecord], title: str, path: Path) -> None:
     _finish(rate, "Learning rate")
 
     figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
-    figure.savefig(path, dpi=120)
+    with replaced(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def _line(axes: Axes, epochs: list[int], values: Sequence[float | None], color: str, label: str | None) -> None:

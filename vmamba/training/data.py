@@ -13,10 +13,8 @@ from torchvision.transforms import Compose
 
 from vmamba.data.digits import DigitsReader
 from vmamba.errors import UserError, nearest
-from vmamba.training.config import DIGITS, TrainConfig
+from vmamba.training.config import DIGITS, READER_PREFIXES, TrainConfig, reader_prefix
 from vmamba.training.sampling import BatchPlan, EpochBatchSampler, SeededDataset
-
-READER_PREFIXES = ("hfds", "hfids", "tfds", "wds", "torch")
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,7 @@ class DataSource:
     @property
     def prefix(self) -> str:
         """Prefix of a timm reader, or an empty string for a folder."""
-        prefix, separator, _ = self.data.partition("/")
-        return prefix.lower() if separator and prefix.lower() in READER_PREFIXES else ""
+        return reader_prefix(self.data)
 
     @property
     def reader_arguments(self) -> dict[str, Any]:
@@ -103,23 +100,35 @@ def train_transform(config: TrainConfig, preprocessing: dict[str, Any]) -> Any:
     """timm's training transform.
 
     It normalises and erases each image by itself, in the loader process: per-image seeding must cover random erasing.
+
+    Raises:
+        UserError: timm does not know the policy of ``auto_augment``.
     """
-    return create_transform(
-        preprocessing["input_size"],
-        is_training=True,
-        scale=config.scale,
-        ratio=config.ratio,
-        hflip=config.hflip,
-        vflip=config.vflip,
-        color_jitter=config.color_jitter,  # type: ignore[arg-type]  # None is timm's way to switch it off
-        auto_augment=config.auto_augment,
-        re_prob=config.reprob,
-        re_mode=config.remode,
-        re_count=config.recount,
-        interpolation=preprocessing["interpolation"],
-        mean=preprocessing["mean"],
-        std=preprocessing["std"],
-    )
+    try:
+        return create_transform(
+            preprocessing["input_size"],
+            is_training=True,
+            scale=config.scale,
+            ratio=config.ratio,
+            hflip=config.hflip,
+            vflip=config.vflip,
+            color_jitter=config.color_jitter,  # type: ignore[arg-type]  # None is timm's way to switch it off
+            auto_augment=config.auto_augment,
+            re_prob=config.reprob,
+            re_mode=config.remode,
+            re_count=config.recount,
+            interpolation=preprocessing["interpolation"],
+            mean=preprocessing["mean"],
+            std=preprocessing["std"],
+        )
+    except Exception as error:
+        if config.auto_augment is None:
+            raise
+        # timm takes the policy apart with assertions and look-ups that say little.
+        raise UserError(
+            f"auto_augment '{config.auto_augment}' is no policy of timm's; they look like rand-m9-mstd0.5-inc1, "
+            "augmix-m3-w3, original or 3a"
+        ) from error
 
 
 def eval_transform(preprocessing: dict[str, Any]) -> Any:
@@ -139,10 +148,18 @@ class TrainLoader:
         seed: Seed of the run.
         workers: Loader processes.
         pin_memory: Prepare batches for copying to a GPU.
+        copies: How often an image comes in an epoch, see :class:`EpochBatchSampler`.
     """
 
     def __init__(
-        self, dataset: Any, transform: Any, plan: BatchPlan, seed: int, workers: int, pin_memory: bool = False
+        self,
+        dataset: Any,
+        transform: Any,
+        plan: BatchPlan,
+        seed: int,
+        workers: int,
+        pin_memory: bool = False,
+        copies: int = 1,
     ) -> None:
         self.dataset = dataset
         self.plan = plan
@@ -156,12 +173,14 @@ class TrainLoader:
         }
         self.sampler: EpochBatchSampler | None = None
         if isinstance(dataset, IterableDataset):
+            if copies > 1:
+                raise UserError("repeated_aug needs a data set with an index, and this one is a stream")
             if hasattr(dataset, "set_loader_cfg"):
                 dataset.set_loader_cfg(num_workers=workers)
             self.updates = len(dataset) // (plan.part_size * plan.accumulate)  # type: ignore[arg-type]
             self.loader = DataLoader(dataset, batch_size=plan.part_size, drop_last=True, **common)
         else:
-            self.sampler = EpochBatchSampler(len(dataset), plan, seed)
+            self.sampler = EpochBatchSampler(len(dataset), plan, seed, copies)
             self.updates = self.sampler.updates
             self.loader = DataLoader(SeededDataset(dataset, seed), batch_sampler=self.sampler, **common)
         if self.updates == 0:

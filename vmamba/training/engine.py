@@ -43,6 +43,19 @@ class EpochResult:
     images_per_second: float
 
 
+@dataclass(frozen=True)
+class Mesa:
+    """A second loss: cross-entropy with what the averaged weights make of the same images (arXiv 2205.14083).
+
+    Args:
+        weight: Its weight.
+        after: The epoch after which it begins.
+    """
+
+    weight: float
+    after: int
+
+
 @dataclass
 class Learner:
     """What an update needs, beside its images.
@@ -59,7 +72,8 @@ class Learner:
         clip_grad: Largest global norm of the gradient, or None.
         mixup: timm's mixup / cutmix, or None.
         ema: Average of the weights, or None.
-        updates: Updates made so far.
+        mesa: What is added to the loss by that average, or None.
+        updates: Place in the schedule: updates made so far, had all epochs been like this one.
     """
 
     model: nn.Module
@@ -73,6 +87,7 @@ class Learner:
     clip_grad: float | None = None
     mixup: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
     ema: ModelEmaV3 | None = None
+    mesa: Mesa | None = None
     updates: int = 0
 
     @property
@@ -80,6 +95,11 @@ class Learner:
         """Learning rate of the next update, without the scaling of a layer group."""
         group = self.optimizer.param_groups[-1]
         return group["lr"] / group.get("lr_scale", 1.0)
+
+    def start_epoch(self, epoch: int, updates_per_epoch: int) -> None:
+        """Put the schedule where the epoch begins, whatever number of updates the epochs before it had."""
+        self.updates = (epoch - 1) * updates_per_epoch
+        self.scheduler.step_update(self.updates)
 
 
 def train_epoch(learner: Learner, loader: TrainLoader, epoch: int, process: Process, show_bar: bool) -> EpochResult:
@@ -101,7 +121,7 @@ def train_epoch(learner: Learner, loader: TrainLoader, epoch: int, process: Proc
                 if learner.mixup is not None:
                     images, targets = _mix(learner, images, targets, epoch, update)
                 with _gradients_shared(learner.runner, now=step == len(parts) - 1):
-                    loss = _loss(learner, images, targets)
+                    loss = _loss(learner, images, targets, epoch)
                     watch.add(loss, update, images)
                     learner.scaler.scale(loss / len(parts)).backward()
             _update(learner)
@@ -138,10 +158,21 @@ def evaluate(
     return Metrics(loss_sum / count, 100 * right1 / count, 100 * right5 / count, int(count))
 
 
-def _loss(learner: Learner, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _loss(learner: Learner, images: torch.Tensor, targets: torch.Tensor, epoch: int) -> torch.Tensor:
     with torch.autocast(images.device.type, learner.amp, enabled=learner.amp is not None):
         logits = learner.runner(images)
-    return learner.loss(logits.float(), targets)
+    loss = learner.loss(logits.float(), targets)
+    if learner.mesa is None or epoch <= learner.mesa.after:
+        return loss
+    return loss + learner.mesa.weight * nn.functional.cross_entropy(logits.float(), _averaged_opinion(learner, images))
+
+
+@torch.no_grad()
+def _averaged_opinion(learner: Learner, images: torch.Tensor) -> torch.Tensor:
+    """Probabilities of the classes by the averaged weights."""
+    assert learner.ema is not None
+    with torch.autocast(images.device.type, learner.amp, enabled=learner.amp is not None):
+        return learner.ema.module(images).float().softmax(dim=1)
 
 
 def _mix(

@@ -87,7 +87,9 @@ def create(request: ModelRequest, pretrained: bool = False) -> nn.Module:
     """Build a model, with the published weights if asked for."""
     cfg = default_cfg(request.name)
     if pretrained and not cfg.has_weights:
-        raise UserError(f"no published weights are known for '{request.name}'; use --checkpoint FILE")
+        raise UserError(
+            f"no published weights are known for '{request.name}'; leave --pretrained out, or give a file of weights"
+        )
     try:
         return timm.create_model(request.name, pretrained=pretrained, **request.arguments())
     except UserError:
@@ -114,7 +116,7 @@ def create_from(request: ModelRequest, path: Path) -> nn.Module:
     """
     content = _read(path)
     weights, whose = content, str(path)
-    if checkpoint.FORMAT_KEY in content:
+    if checkpoint.is_own(content, path):
         weights, whose = _best_weights(content), f"{path} (weights of '{content['arch']}')"
     model: Any = create(request)
     try:
@@ -145,8 +147,7 @@ def _layout_filter(name: str) -> Callable[[Any, nn.Module], dict[str, torch.Tens
 def _read(path: Path) -> dict[str, Any]:
     if path.suffix != ".safetensors":
         return checkpoint.read(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} not found")
+    checkpoint.check_readable(path)
     return read(path)
 
 
@@ -163,7 +164,7 @@ def load_classifier(path: Path, request: ModelRequest | None = None) -> Classifi
         request: The model; may be None for files of ours, which know it.
     """
     content = _read(path)
-    if checkpoint.FORMAT_KEY in content:
+    if checkpoint.is_own(content, path):
         return _restore(content, path, request)
     if request is None:
         raise UserError(f"{path} does not say which model it belongs to; name it with --model")

@@ -2,14 +2,20 @@
 
 import csv
 import dataclasses
+import io
 import logging
-import os
 from pathlib import Path
 from typing import Any
+
+from vmamba.errors import UserError
+from vmamba.files import replace_text
 
 _logger = logging.getLogger(__name__)
 
 SUMMARY_NAME = "summary.csv"
+
+_WITHOUT_EMA = ("ema_loss", "ema_top1", "ema_top5")  # the columns that are empty without one
+_REMEDY = "mend it, or move it away to go on without the epochs in it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,26 +73,39 @@ class Records:
             self._writer.close()
 
     def _write(self) -> None:
-        temporary = self.path.with_suffix(".csv.tmp")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(EpochRecord)])
-            writer.writeheader()
-            writer.writerows(dataclasses.asdict(record) for record in self.epochs)
-        os.replace(temporary, self.path)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(EpochRecord)])
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(record) for record in self.epochs)
+        replace_text(self.path, text.getvalue())
 
 
 def read_summary(path: Path) -> list[EpochRecord]:
-    """The records in a summary.csv; none if there is no such file."""
-    if not path.is_file():
+    """The records in a summary.csv; none if there is no such file.
+
+    Raises:
+        UserError: The file is damaged or cannot be read.
+    """
+    if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [_parse(row) for row in csv.DictReader(file)]
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            return [_parse(row, f"{path} is damaged at line {rows.line_num}") for row in rows]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is damaged: {error}; {_REMEDY}") from error
 
 
-def _parse(row: dict[str, str]) -> EpochRecord:
-    values: dict[str, Any] = {key: float(value) if value else None for key, value in row.items()}
-    values["epoch"] = int(row["epoch"])
-    return EpochRecord(**values)
+def _parse(row: dict[str, str], where: str) -> EpochRecord:
+    try:
+        values: dict[str, Any] = {
+            key: None if key in _WITHOUT_EMA and not value else float(value) for key, value in row.items()
+        }
+        return EpochRecord(**{**values, "epoch": int(row["epoch"])})
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{where}, expected a number in each of training's columns; {_REMEDY}") from error
 
 
 def _open_tensorboard(folder: Path, first_epoch: int) -> Any:
@@ -95,4 +114,9 @@ def _open_tensorboard(folder: Path, first_epoch: int) -> Any:
     except ImportError:
         _logger.warning("TensorBoard is not installed: no log for it (pip install tensorboard, or --no-tensorboard)")
         return None
-    return SummaryWriter(folder / "tensorboard", purge_step=first_epoch)
+    try:
+        return SummaryWriter(folder / "tensorboard", purge_step=first_epoch)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder / 'tensorboard'}: {error.strerror}; or give --no-tensorboard"
+        ) from error

@@ -6,13 +6,15 @@ and accumulation step. So the same samples make up an update however they are sp
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from vmamba.errors import UserError
 from vmamba.training.seeding import Stream, isolated, seed_cpu
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class BatchPlan:
         """Images in one forward pass of one process."""
         return self.batch_size // self.parts
 
-    def part(self, batch: list[int], step: int) -> list[int]:
+    def part(self, batch: list[T], step: int) -> list[T]:
         """The samples of a global batch that this process takes in an accumulation step.
 
         timm's mixup pairs the first image of a batch with the last, the second with the last but one. Taking each part
@@ -61,8 +63,12 @@ class BatchPlan:
         return batch[number * half : (number + 1) * half] + batch[end - half : end]
 
 
-class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Yields the parts of this process as lists of (epoch, index), shuffled anew in every epoch.
+Position = tuple[int, int, int]
+"""Where a sample stands in a run: epoch, index in the data set, number of its copy in the epoch."""
+
+
+class EpochBatchSampler(Sampler[list[Position]]):
+    """Yields the parts of this process as lists of positions, shuffled anew in every epoch.
 
     The last, incomplete batch of an epoch is left out.
 
@@ -70,12 +76,15 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         length: Number of samples.
         plan: How global batches are spread.
         seed: Seed of the run.
+        copies: How often a sample comes in an epoch, next to itself (repeated augmentation, arXiv 1901.09335). An epoch
+            is as long as ever, so it has a share of the samples.
     """
 
-    def __init__(self, length: int, plan: BatchPlan, seed: int) -> None:
+    def __init__(self, length: int, plan: BatchPlan, seed: int, copies: int = 1) -> None:
         self.length = length
         self.plan = plan
         self.seed = seed
+        self.copies = copies
         self.epoch = 0
 
     @property
@@ -85,21 +94,22 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return self.updates * self.plan.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Position]]:
         with isolated():
             seed_cpu(self.seed, Stream.ORDER, self.epoch)
-            order = torch.randperm(self.length).tolist()
+            drawn = torch.randperm(self.length).tolist()
+        order = [(self.epoch, drawn[i // self.copies], i % self.copies) for i in range(self.length)]
         for update in range(self.updates):
             batch = order[update * self.plan.batch_size : (update + 1) * self.plan.batch_size]
             for step in range(self.plan.accumulate):
-                yield [(self.epoch, index) for index in self.plan.part(batch, step)]
+                yield self.plan.part(batch, step)
 
 
 class SeededDataset(Dataset):
-    """Augments each sample with its own random numbers, seeded from the epoch and the index.
+    """Augments each sample with its own random numbers, seeded from its position.
 
-    It is indexed with the (epoch, index) pairs of :class:`EpochBatchSampler`: loader processes that outlive an epoch
-    could not learn of the new epoch in another way.
+    It is indexed with the positions of :class:`EpochBatchSampler`: loader processes that outlive an epoch could not
+    learn of the new epoch in another way.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -109,14 +119,14 @@ class SeededDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, position: tuple[int, int]) -> Any:
+    def __getitem__(self, position: Position) -> Any:
         return self.__getitems__([position])[0]
 
-    def __getitems__(self, positions: list[tuple[int, int]]) -> list[Any]:
+    def __getitems__(self, positions: list[Position]) -> list[Any]:
         """What the loader calls for a batch. The training process's own generators are left alone."""
         samples = []
         with isolated():
-            for epoch, index in positions:
-                seed_cpu(self.seed, Stream.SAMPLE, epoch, index)
+            for epoch, index, copy in positions:
+                seed_cpu(self.seed, Stream.SAMPLE, epoch, index, *([copy] if copy else []))
                 samples.append(self.dataset[index])
         return samples

@@ -19,7 +19,7 @@ class Stream(enum.IntEnum):
 
     WEIGHTS = 0  # (): initial weights, the same in every process
     ORDER = 1  # (epoch,): order of the samples, the same in every process
-    SAMPLE = 2  # (epoch, index): augmentation of one sample
+    SAMPLE = 2  # (epoch, index), and from the second on the copy's number: augmentation of one sample
     MIXUP = 3  # (epoch, update): mixing of one global batch, the same in every process
     MODEL = 4  # (epoch, rank): dropout and stochastic depth
 

@@ -17,11 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from vmamba.errors import UserError
+from vmamba.files import replace_text
 from vmamba.training import checkpoint, data
-from vmamba.training.config import DIGITS, TrainConfig, dump, to_dict
+from vmamba.training.config import TrainConfig, dump, to_dict, with_absolute_paths
 from vmamba.training.curves import CURVES_NAME, draw_curves
 from vmamba.training.distributed import Process
-from vmamba.training.engine import AMP_DTYPES, Learner, evaluate, train_epoch
+from vmamba.training.engine import AMP_DTYPES, Learner, Mesa, evaluate, train_epoch
 from vmamba.training.model_factory import ModelRequest, create, create_from, preprocessing
 from vmamba.training.records import EpochRecord, Records
 from vmamba.training.sampling import BatchPlan
@@ -32,6 +33,10 @@ _logger = logging.getLogger(__name__)
 LAST_NAME = "last.pth"
 BEST_NAME = "best.pth"
 CONFIG_NAME = "config.yaml"
+
+# What the configuration says of the groups of an optimiser. The schedule sets their rates; what else they hold may be
+# state, such as the steps of Lookahead.
+_DECIDED = ("weight_decay", "betas", "eps", "lr_scale", "initial_lr")
 
 
 @dataclass
@@ -63,7 +68,7 @@ class Trainer:
         resume: dict[str, Any] | None = None,
         show_bar: bool = False,
     ) -> None:
-        self.config = config
+        self.config = config = with_absolute_paths(config)  # what is saved of it may be used from any folder
         self.process = process
         self.show_bar = show_bar and process.is_first
         self.first_epoch = 1
@@ -90,7 +95,13 @@ class Trainer:
 
         pin_memory = process.device.type == "cuda"
         self.train_loader = data.TrainLoader(
-            train_set, data.train_transform(config, self.preprocessing), plan, config.seed, config.workers, pin_memory
+            train_set,
+            data.train_transform(config, self.preprocessing),
+            plan,
+            config.seed,
+            config.workers,
+            pin_memory,
+            config.repeated_aug,
         )
         self.val_loader: DataLoader = data.eval_loader(
             val_set,
@@ -121,23 +132,37 @@ class Trainer:
         records = None
         if self.process.is_first:
             self._describe()
-            (folder / CONFIG_NAME).write_text(dump(self.config), encoding="utf-8")
             records = Records(folder, self.first_epoch, self.config.tensorboard)
-        for epoch in range(self.first_epoch, last_epoch + 1):
-            record = self._run_epoch(epoch)
-            self._save(record, folder)
-            if records is not None:
-                records.add(record)
-                _logger.info(self._line(record))
-        if records is not None:
-            records.close()
-            title = f"{self.config.model} on {self.config.data}"
-            draw_curves(records.epochs, title, folder / CURVES_NAME)
+            replace_text(folder / CONFIG_NAME, dump(self.config))
+        try:
+            for epoch in range(self.first_epoch, last_epoch + 1):
+                self._run_and_save(epoch, folder, records)
+        except KeyboardInterrupt:
+            self._close(records, folder)
+            raise
+        self._close(records, folder)
         return self.best
+
+    def _run_and_save(self, epoch: int, folder: Path, records: Records | None) -> None:
+        record = self._run_epoch(epoch)
+        # The summary first: after a kill in between, the epoch is run again and so is its line.
+        if records is not None:
+            records.add(record)
+        self._save(record, folder)
+        if records is not None:
+            _logger.info(self._line(record))
+
+    def _close(self, records: Records | None, folder: Path) -> None:
+        if records is None:
+            return
+        records.close()
+        if records.epochs:
+            draw_curves(records.epochs, f"{self.config.model} on {self.config.data}", folder / CURVES_NAME)
 
     def _run_epoch(self, epoch: int) -> EpochRecord:
         start = time.perf_counter()
         learner, process, amp = self.learner, self.process, self.learner.amp
+        learner.start_epoch(epoch, self.train_loader.updates)
         lr = learner.lr
         result = train_epoch(learner, self.train_loader, epoch, process, self.show_bar)
         raw = evaluate(learner.model, self.val_loader, process, amp, self.show_bar)
@@ -172,15 +197,12 @@ class Trainer:
 
     def _usage(self) -> dict[str, Any]:
         """What is needed to use the weights, beside the weights."""
-        source = asdict(self.source)
-        if self.source.data != DIGITS and not self.source.prefix:
-            source["data"] = str(Path(self.source.data).resolve())
         return {
             "arch": self.config.model,
             "model_args": self.model_args,
             "preprocessing": self.preprocessing,
             "class_names": self.class_names,
-            "dataset": {**source, "split": self.config.val_split},
+            "dataset": {**asdict(self.source), "split": self.config.val_split},
         }
 
     def _best_content(self, record: EpochRecord) -> dict[str, Any]:
@@ -202,7 +224,6 @@ class Trainer:
             checkpoint.FORMAT_KEY: checkpoint.TRAINING_FORMAT,
             **self._usage(),
             "epoch": epoch,
-            "updates": learner.updates,
             "config": to_dict(self.config),
             "best": asdict(self.best),
             "state_dict": learner.model.state_dict(),
@@ -220,16 +241,9 @@ class Trainer:
         if learner.ema is not None:
             # A run that turns EMA on half-way starts the average from the weights it has.
             checkpoint.load_weights(learner.ema.module, content.get("state_dict_ema", content["state_dict"]), origin)
-        try:
-            learner.optimizer.load_state_dict(content["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"{origin}: the state of the optimiser does not fit '{self.config.opt}': {error}"
-            ) from error
+        _restore_optimizer(learner.optimizer, content, origin)
         if content["scaler"]:  # empty when the run was not in fp16 so far
             learner.scaler.load_state_dict(content["scaler"])
-        learner.updates = content["updates"]
-        learner.scheduler.step_update(learner.updates)
         self.best = Best(**content["best"])
         self.first_epoch = content["epoch"] + 1
         if self.first_epoch > self.config.epochs:
@@ -317,6 +331,7 @@ def _build_learner(
         clip_grad=config.clip_grad,
         mixup=mixup,
         ema=ema,
+        mesa=Mesa(config.mesa, int(config.mesa_start * config.epochs)) if config.mesa else None,
     )
 
 
@@ -350,6 +365,10 @@ def _build_optimizer(
             weight_decay=config.weight_decay,
             **{key: value for key, value in extras.items() if value is not None},
         )
+    except IndexError as error:
+        raise UserError(
+            f"opt '{config.opt}' has more betas than opt_betas: {', '.join(map(str, extras['betas']))}"
+        ) from error
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"opt '{config.opt}': {' '.join(str(error).split())}") from error
     if config.sched in ("none", "plateau"):
@@ -369,6 +388,20 @@ def _build_optimizer(
     except (ValueError, AssertionError) as error:
         raise UserError(f"sched '{config.sched}': {error}") from error
     return optimizer, scheduler
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, content: dict[str, Any], origin: str) -> None:
+    """Load the state of the optimiser; what the configuration decides stays as it is now, not as it was."""
+    decided = [{key: group[key] for key in _DECIDED if key in group} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(content["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{origin}: the state of the optimiser does not fit: {error}; weight_decay and layer_decay group the "
+            "weights, and cannot be switched on or off half-way"
+        ) from error
+    for group, values in zip(optimizer.param_groups, decided, strict=True):
+        group.update(values)
 
 
 def _gpu_name(device: torch.device) -> str:

@@ -1,6 +1,7 @@
 """One file over HTTP: it goes on where it stopped, and takes its name only when it is whole and checked."""
 
 import http.client
+import itertools
 import json
 import logging
 import os
@@ -36,12 +37,12 @@ class Unavailable(UserError):
 def arriving(target: Path, check: Check, replace: bool = False) -> Iterator[Path | None]:
     """Gives the path to write a new file to, which then is checked and named ``target`` in one step.
 
-    One process at a time; the others wait. Gives None if the file is there by then, unless it is to be replaced. What
-    was written remains if writing it was cut off, for the next try to go on with, and is removed if the check refuses
-    it.
+    One process at a time; the others wait. Gives None if the file is there by then, unless it is to be replaced: then
+    that gets another name. What was written remains if writing it was cut off, for the next try to go on with, and is
+    removed if the check refuses it.
     """
     part = target.with_name(f"{target.name}.part")
-    with _alone(target):
+    with _alone(target, part):
         if target.is_file() and not replace:
             yield None
             return
@@ -51,12 +52,41 @@ def arriving(target: Path, check: Check, replace: bool = False) -> Iterator[Path
         except UserError:
             part.unlink()
             raise
+        if target.is_file():
+            set_aside(target)
         part.replace(target)
-        Path(f"{target}.lock").unlink(missing_ok=True)  # those who wait have it open, and find the file there
+
+
+def set_aside(path: Path) -> None:
+    """Give a file another name, so that one that comes in its place costs nobody anything.
+
+    Raises:
+        UserError: if that is not allowed.
+    """
+    names = (path.with_name(f"{path.name}.old{number or ''}") for number in itertools.count())
+    kept = next(name for name in names if not name.exists())
+    try:
+        path.rename(kept)
+    except OSError as error:
+        raise UserError(f"cannot rename {path}, which is in the way: {error.strerror}") from error
+    _logger.info(f"{path} is now called {kept.name}")
+
+
+def copy(source: Path, part: Path) -> None:
+    """Copy a file to ``part``, or leave nothing there: a copy that was cut off is of no use.
+
+    Raises:
+        UserError: if it cannot be read or written.
+    """
+    try:
+        shutil.copyfile(source, part)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot copy {source} to {part.parent}: {error.strerror or error}") from error
 
 
 @contextmanager
-def _alone(target: Path) -> Iterator[None]:
+def _alone(target: Path, part: Path) -> Iterator[None]:
     lock = FileLock(f"{target}.lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -70,6 +100,8 @@ def _alone(target: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if not part.exists():  # nothing is left to protect; those who wait have the lock's file open
+            Path(f"{target}.lock").unlink(missing_ok=True)
         lock.release()
 
 

@@ -14,6 +14,8 @@ _SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 def receive(checkpoint: Checkpoint, part: Path) -> None:
     """Download a checkpoint to ``part``; from a folder, the one file that can hold weights.
 
+    What is there already is not gone on with: gdown takes it for the whole file.
+
     Raises:
         UserError: without gdown, or if it cannot be told which file it is: what to do by hand.
         Unavailable: if Google Drive does not give it.
@@ -29,6 +31,7 @@ def receive(checkpoint: Checkpoint, part: Path) -> None:
         if checkpoint.is_folder:
             files = gdown.download_folder(url, skip_download=True, quiet=True)
             url = f"https://drive.google.com/uc?id={_only_weights(checkpoint, files).id}"
+        part.unlink(missing_ok=True)
         get(gdown, url, part)
         if not part.is_file():  # old versions return instead of raising
             raise FileNotFoundError(f"nothing came from {url}")
@@ -42,7 +45,7 @@ def receive(checkpoint: Checkpoint, part: Path) -> None:
 
 
 def get(gdown: Any, url: str, part: Path) -> None:
-    """Let gdown download a file, going on with what it has of it."""
+    """Let gdown download a file, going on with what it has of it under a name of its own."""
     gdown.download(url, str(part), resume=True, use_cookies=False)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import shutil
 from pathlib import Path
 
 from vmamba.errors import UserError
@@ -46,7 +45,7 @@ def fetch_into(folder: Path, name: str | Checkpoint, accept: bool = False) -> Pa
     target = folder / (checkpoint.name + path.suffix)
     with _arriving(checkpoint, str(path), target, accept) as part:
         if part is not None:
-            shutil.copyfile(path, part)
+            download.copy(path, part)
     return target
 
 

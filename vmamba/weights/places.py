@@ -1,6 +1,7 @@
 """Where weights lie on this machine."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from vmamba.errors import UserError
@@ -48,11 +49,26 @@ def local(checkpoint: Checkpoint, extra: Path | None = None) -> Path | None:
         checkpoint: What is looked for.
         extra: A folder to look into first.
     """
-    for folder in [extra, *folders()] if extra else folders():
-        for name in (checkpoint.name + CONVERTED_SUFFIX, checkpoint.file_name):
-            if (folder / name).is_file():
-                return folder / name
-    return _in_hub_cache(checkpoint)
+    return next(iter(all_local(checkpoint, extra)), None)
+
+
+def all_local(checkpoint: Checkpoint, extra: Path | None = None) -> list[Path]:
+    """All files of a checkpoint on this machine, in the order in which :func:`local` prefers them."""
+    candidates = [*_candidates(checkpoint, [extra, *folders()] if extra else folders()), _in_hub_cache(checkpoint)]
+    return [path for path in candidates if path and path.is_file()]
+
+
+def found_before(checkpoint: Checkpoint, path: Path) -> list[Path]:
+    """The files that would hide one at ``path`` from those who look for the checkpoint."""
+    searched = [folder.resolve() for folder in folders()]
+    folder = path.parent.resolve()
+    candidates = _candidates(checkpoint, searched if folder in searched else [folder])
+    return [other for other in candidates[: candidates.index(folder / path.name)] if other.is_file()]
+
+
+def _candidates(checkpoint: Checkpoint, searched: Iterable[Path]) -> list[Path]:
+    names = (checkpoint.name + CONVERTED_SUFFIX, checkpoint.file_name)
+    return [folder / name for folder in searched for name in names]
 
 
 def _in_hub_cache(checkpoint: Checkpoint) -> Path | None:

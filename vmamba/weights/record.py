@@ -27,6 +27,10 @@ _logger = logging.getLogger(__name__)
 _CHUNK = 1 << 20
 
 
+class RecordError(UserError):
+    """What was remembered of files cannot be read."""
+
+
 def check(
     checkpoint: Checkpoint,
     path: Path,
@@ -42,14 +46,15 @@ def check(
         path: The file.
         source: Where it came from, to be remembered with it.
         target: The name it is to take, if it does not have it yet; its suffix tells published files from converted.
-        accept: Take the file even if it differs, and remember it from now on.
+        accept: Take the file even if it differs, as long as it is whole, and remember it from now on.
         anew: Read it even if its size and time of change are those of a file that was read before.
 
     Returns:
         Its SHA-256.
 
     Raises:
-        UserError: if it differs.
+        RecordError: if what was remembered cannot be read.
+        UserError: if it differs, is not whole, or cannot be read.
     """
     final = target or path
     key = str(final.absolute())
@@ -63,8 +68,8 @@ def check(
     pin = content["pins"].get(name)
     if not accept:
         _compare(checkpoint, _File(source, final.suffix, stat.st_size, digest, arriving=target is not None), pin)
-        if pin is None:
-            _require_whole(path, final.suffix, source)
+    if pin is None or pin["sha256"] != digest:
+        _require_whole(path, final.suffix, source)
     read = [stat.st_size, stat.st_mtime_ns, digest]
 
     def remember(content: dict[str, dict]) -> None:
@@ -79,11 +84,18 @@ def check(
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     return digest.hexdigest()
 
 
@@ -134,7 +146,7 @@ def _require_whole(path: Path, suffix: str, source: str) -> None:
     elif start == b"PK":
         whole = zipfile.is_zipfile(path)  # whose table of contents is at the end
     else:
-        whole = start[:1] == b"\x80"  # a pickle, as old versions of torch wrote; where it should end is not said
+        whole = start[:1] == b"\x80" and _loads(path)  # a pickle, as old versions of torch wrote
     if not whole:
         raise UserError(f"{source} is truncated, corrupt or no checkpoint at all ({path.stat().st_size:,} bytes)")
 
@@ -144,6 +156,17 @@ def _is_safetensors(path: Path) -> bool:
         with safe_open(path, framework="np"):
             return True
     except SafetensorError:
+        return False
+
+
+def _loads(path: Path) -> bool:
+    """Whether a file can be read to its end, where nothing shorter tells that it has one."""
+    from vmamba.models import _checkpoint  # not at the top: the models get their weights from here
+
+    try:
+        _checkpoint.read(path)
+        return True
+    except _checkpoint.CheckpointError:
         return False
 
 
@@ -158,7 +181,7 @@ def _read() -> dict[str, dict]:
     except (FileNotFoundError, NotADirectoryError):
         return {"pins": {}, "read": {}}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
+        raise RecordError(
             f"cannot read {_path()}, which remembers the hashes of weights: {error}; remove it to start a new one"
         ) from error
 

@@ -16,6 +16,9 @@ DTYPES = {
 }
 """Names of the precisions; TF32 is on in all but the first for what stays float32."""
 
+LARGEST = 0
+"""As a batch: the most images that fit."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -28,7 +31,7 @@ class Job:
         mode: ``"eager"``; ``"compiled"``, by torch.compile; ``"graph"``, replayed as a CUDA graph;
             ``"compiled-graph"``, both.
         dtype: A key of :data:`DTYPES`.
-        batch: Images a call.
+        batch: Images a call, or :data:`LARGEST` before that is found.
         size: Side of the square images in pixels.
         in_chans: Channels of the images.
         channels_last: Whether images and weights are in channels_last memory.
@@ -56,7 +59,8 @@ class Job:
     @property
     def settings(self) -> str:
         """All but the model, for a reader."""
-        parts = [self.task, self.mode, self.dtype, f"batch {self.batch} at {self.size}"]
+        batch = "largest batch" if self.batch == LARGEST else f"batch {self.batch}"
+        parts = [self.task, self.mode, self.dtype, f"{batch} at {self.size}"]
         if self.in_chans != 3:
             parts.append(f"{self.in_chans} channels")
         if not self.channels_last:

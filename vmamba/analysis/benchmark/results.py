@@ -4,15 +4,18 @@ import csv
 import io
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from vmamba.analysis.benchmark.jobs import Job
+from vmamba.analysis.benchmark.jobs import LARGEST, Job
 from vmamba.analysis.text_files import replace_text
 from vmamba.errors import UserError
 
 FORMAT = "vmamba-benchmark-1"
+
+PICTURES = ("-accuracy.png", "-resolution.png")
+"""How the names of the pictures end that are drawn of results."""
 
 Environment = dict[str, Any]
 
@@ -59,10 +62,22 @@ class Failure:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a job."""
+    """What became of a job.
+
+    Attributes:
+        job: As it was measured.
+        outcome: The figures, or why there are none.
+        batch_found: Whether its batch was found as the largest that fits.
+    """
 
     job: Job
     outcome: Figures | Failure
+    batch_found: bool = False
+
+    @property
+    def asked(self) -> Job:
+        """The job as it was asked for."""
+        return replace(self.job, batch=LARGEST) if self.batch_found else self.job
 
     def row(self) -> dict[str, Any]:
         """Settings, figures and error, flat; what does not apply is None."""
@@ -72,15 +87,14 @@ class Result:
             figures = {key: float(f"{value:.6g}") for key, value in asdict(self.outcome).items()}
         else:
             error = self.outcome.reason
-        return {**asdict(self.job), **figures, "error": error}
+        return {**asdict(self.job), "batch_found": self.batch_found, **figures, "error": error}
 
     @classmethod
     def of_row(cls, row: dict[str, Any]) -> "Result":
         """The inverse of :meth:`row`."""
         job = Job(**{field.name: row[field.name] for field in fields(Job)})
-        if row["error"]:
-            return cls(job, Failure(row["error"]))
-        return cls(job, Figures(**{key: row[key] for key in _FIGURES}))
+        outcome = Failure(row["error"]) if row["error"] else Figures(**{key: row[key] for key in _FIGURES})
+        return cls(job, outcome, row.get("batch_found", False))  # which older files do not say
 
 
 _FIGURES = tuple(field.name for field in fields(Figures))
@@ -117,23 +131,35 @@ class Book:
             if differing:
                 raise UserError(f"cannot add to {self.json_path}, measured under other conditions: {differing[0]}")
             self.environment = there
+            return
+        foreign = next((path for path in self.paths if path.exists()), None)
+        if foreign is not None:
+            raise UserError(f"{foreign} exists, and belongs to no {self.json_path.name}; choose another --output")
 
     @property
     def json_path(self) -> Path:
-        return self.stem.with_name(self.stem.name + ".json")
+        return self._path(".json")
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files that a benchmark of this name writes."""
+        return [self._path(end) for end in (".json", ".csv", ".md", *PICTURES)]
+
+    def _path(self, end: str) -> Path:
+        return self.stem.with_name(self.stem.name + end)
 
     def has(self, job: Job) -> bool:
         """Whether there are figures of the job."""
-        return any(job == other for other, _ in measured(self.results))
+        return any(job == result.asked for result in self.results if isinstance(result.outcome, Figures))
 
     def add(self, result: Result) -> None:
         """Keeps a result, in place of an earlier one of the same job, and writes all files."""
-        self.results = [other for other in self.results if other.job != result.job] + [result]
+        self.results = [other for other in self.results if other.asked != result.asked] + [result]
         rows = [result.row() for result in self.results]
         content = {"format": FORMAT, "environment": self.environment, "results": rows}
         replace_text(self.json_path, json.dumps(content, indent=1) + "\n")
-        replace_text(self.stem.with_name(self.stem.name + ".csv"), _as_csv({**row, **self.environment} for row in rows))
-        replace_text(self.stem.with_name(self.stem.name + ".md"), as_markdown(self.results, self.environment))
+        replace_text(self._path(".csv"), _as_csv({**row, **self.environment} for row in rows))
+        replace_text(self._path(".md"), as_markdown(self.results, self.environment))
 
 
 def read(path: Path) -> tuple[Environment, list[Result]]:

@@ -147,9 +147,10 @@ def measure_largest_batch(
     try:
         batch = search_largest(fits)
     except UserError as error:
-        yield Result(job, explain(error))
+        yield Result(job, explain(error), batch_found=True)
         return
-    yield from measure([replace(job, batch=batch)], meter, effort, announce)
+    for result in measure([replace(job, batch=batch)], meter, effort, announce):
+        yield replace(result, batch_found=True)
 
 
 def search_largest(fits: Callable[[int], bool]) -> int:
