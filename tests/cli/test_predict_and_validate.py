@@ -147,8 +147,12 @@ def test_a_file_is_replaced_only_on_demand_and_at_the_end(data, best, tmp_path, 
 def test_the_default_picture_is_not_replaced_either(data, best, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ("predict", data / "val" / "red" / "0.png", "--checkpoint", best)
-    assert vmamba(*arguments).status == 0
-    assert "predictions.png is there already" in one_line(vmamba(*arguments))
+    for _ in range(3):
+        assert vmamba(*arguments).status == 0
+    names = {"predictions.png", "predictions-2.png", "predictions-3.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert vmamba(*arguments, "--overwrite").status == 0
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 @pytest.mark.parametrize("option", ["--output", "--csv"])

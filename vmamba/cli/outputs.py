@@ -1,10 +1,18 @@
 """Files that a command writes: whether they may be is known before the work starts."""
 
+import itertools
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from vmamba.errors import UserError
+
+
+def default_output(name: str, overwrite: bool) -> Path:
+    """The file to write where none was named; with a number if its name is taken and not to be written over."""
+    path = Path(name)
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(free for free in itertools.chain([path], numbered) if overwrite or not free.exists())
 
 
 def check_outputs(paths: Iterable[Path], overwrite: bool) -> None:

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from vmamba.cli.model_options import add_model_options, load_model
 from vmamba.cli.option_types import positive_integer
-from vmamba.cli.outputs import check_folders, check_outputs, check_picture
+from vmamba.cli.outputs import check_folders, check_outputs, check_picture, default_output
 from vmamba.errors import UserError
 from vmamba.training.config import DIGITS
 
@@ -71,9 +71,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path("predictions.png"),
         metavar="FILE",
-        help="picture to write (default: predictions.png)",
+        help="picture to write (default: predictions.png, with a number if taken)",
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the answers as a table")
     parser.add_argument("--overwrite", action="store_true", help="write over files of these names")
@@ -87,6 +86,8 @@ def run(args: Namespace) -> None:
     from vmamba.files import replace_text
     from vmamba.training.distributed import join
 
+    if args.output is None:
+        args.output = default_output("predictions.png", args.overwrite)
     _check_outputs(args)
     with join(args.device) as process, on_terminal():
         images = read_images(args.paths)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmamba.cli.option_types import positive_integer
-from vmamba.cli.outputs import check_folders, check_outputs, check_picture
+from vmamba.cli.outputs import check_folders, check_outputs, check_picture, default_output
 from vmamba.errors import UserError, nearest
 from vmamba.files import replaced
 from vmamba.training.config import DIGITS
@@ -72,7 +72,11 @@ def _add_model_and_output(parser: ArgumentParser, kind: str) -> None:
     )
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     output = parser.add_argument_group("output")
-    output.add_argument("--output", metavar="FILE", help=f"picture to write, .png or .svg (default: {kind}_MODEL.png)")
+    output.add_argument(
+        "--output",
+        metavar="FILE",
+        help=f"picture to write, .png or .svg (default: {kind}_MODEL.png, with a number if taken)",
+    )
     output.add_argument("--overwrite", action="store_true", help="write over a picture that is there")
 
 
@@ -86,7 +90,8 @@ def run(args: Namespace) -> None:
         if args.output is not None:
             _check_output(Path(args.output), args.overwrite)
         shown = _load(args)
-        path = Path(args.output or f"{args.kind}_{shown.name.partition('.')[0]}.png")
+        name = f"{args.kind}_{shown.name.partition('.')[0]}.png"
+        path = default_output(name, args.overwrite) if args.output is None else Path(args.output)
         _check_output(path, args.overwrite)
         figure = draw(args, shown, process.device)
         with replaced(path) as temporary:
