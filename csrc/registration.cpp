@@ -60,7 +60,7 @@ Tensor new_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType dty
         return torch::stable::new_empty(like, sizes, dtype);
     } catch (const std::exception&) {
 #ifdef VMAMBA_WITH_CUDA
-        if (like.is_cuda()) cuda::check_device();
+        if (like.is_cuda()) cuda::check_for_earlier_failure();
 #endif
         int64_t bytes = dtype == ScalarType::Float ? 4 : dtype == ScalarType::Byte ? 1 : 2;
         for (const int64_t size : sizes) bytes *= size;

@@ -46,6 +46,15 @@ def replace_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
+def write_text(path: Path, text: str) -> None:
+    """As :func:`replace_text`; makes the folders it lies in where they are missing."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    replace_text(path, text)
+
+
 def remove_leftovers(folder: Path) -> list[Path]:
     """Delete the temporary files of writes that were killed; returns what was deleted."""
     leftovers = sorted(folder.glob(f".*{_TEMPORARY}*"))

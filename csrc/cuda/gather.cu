@@ -62,7 +62,8 @@ __global__ void order_visits(const ListArgs args) {
 }
 
 // One block per direction, with a bit per position in shared memory to find revisits.
-__global__ void prepare_route_kernel(Table<int32_t> table, int64_t steps, int64_t length, Prepared prepared) {
+__global__ void prepare_route_kernel(Table<int32_t> table, int64_t steps, int64_t length, bool small,
+                                     Prepared prepared) {
     extern __shared__ uint32_t visited[];
     for (int64_t i = threadIdx.x; i < (length + 31) / 32; i += blockDim.x) visited[i] = 0;
     __syncthreads();
@@ -73,7 +74,7 @@ __global__ void prepare_route_kernel(Table<int32_t> table, int64_t steps, int64_
         if (p >= 0) again |= atomicOr(visited + p / 32, 1u << (p % 32)) >> (p % 32) & 1;
         nowhere |= p == kNowhere;
         prepared.places[base + t] = static_cast<int16_t>(p);
-        prepared.offsets[base + t] = static_cast<uint16_t>(merged_offset(max(p, 0), prepared.small) / 8);
+        prepared.offsets[base + t] = static_cast<uint16_t>(merged_offset(max(p, 0), small) / 8);
     }
     again = __syncthreads_or(again);
     nowhere = __syncthreads_or(nowhere);
@@ -344,7 +345,7 @@ void list_visits(const Scan& scan, const Table<int32_t>& table, const Visits& vi
 
 void prepare_route(const Scan& scan, const Prepared& prepared, cudaStream_t stream) {
     launch(prepare_route_kernel, scan.directions, 1024, ceil_div(scan.length, 32) * 4, stream, scan.route, scan.steps,
-           scan.length, prepared);
+           scan.length, fused_small(scan.rank), prepared);
 }
 
 void gather(const GatherArgs& args, cudaStream_t stream) {

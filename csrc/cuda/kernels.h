@@ -37,7 +37,6 @@ struct Prepared {
     int32_t* flags = nullptr;     // (K): kRevisits, kSomeNowhere
     uint4* weights = nullptr;     // (K, D / 16, blocks, high or low, lane): a-operands of dt_weight
     int64_t padded = 0;
-    bool small = false;  // fused_small
 };
 constexpr int kNowhere = -1, kBehind = -2;
 constexpr int kRevisits = 1, kSomeNowhere = 2;

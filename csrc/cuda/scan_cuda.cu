@@ -23,7 +23,7 @@ void check(cudaError_t status) {
     STD_CUDA_CHECK(status);
 }
 
-void check_device() {
+void check_for_earlier_failure() {
     size_t free = 0, total = 0;
     check(cudaMemGetInfo(&free, &total));
 }
@@ -114,7 +114,6 @@ struct ForwardMemory {
         Arena arena(base);
         if (fused) {
             prepared.padded = fused_padded_steps(scan);
-            prepared.small = fused_small(scan.rank);
             prepared.places = arena.take<int16_t>(scan.directions * prepared.padded);
             prepared.offsets = arena.take<uint16_t>(scan.directions * prepared.padded);
             prepared.flags = arena.take<int32_t>(scan.directions);

@@ -14,6 +14,6 @@ void backward(const Scan& scan, const void* grad, Scalar grad_dtype, const float
               const Gradients& gradients, void* workspace, int device);
 
 // Throws what an earlier kernel left behind, if it failed: every call fails from then on, whatever it asks for.
-void check_device();
+void check_for_earlier_failure();
 
 }  // namespace vmamba::cuda

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vmamba.analysis.benchmark.jobs import DTYPES, LARGEST, MODES, TASKS, Job, Sweep
 from vmamba.cli.option_types import positive_integer
-from vmamba.cli.outputs import check_outputs
+from vmamba.cli.output_files import check_outputs
 from vmamba.errors import UserError, nearest
 
 if TYPE_CHECKING:

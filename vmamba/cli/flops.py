@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmamba.cli.option_types import positive_integer
-from vmamba.cli.outputs import check_outputs
+from vmamba.cli.output_files import check_outputs
 from vmamba.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _authors(model: "nn.Module", size: "InputSize") -> str:
 
 def _write_table(args: Namespace) -> None:
     from vmamba.analysis.cost_table import as_csv, as_markdown, cost_rows
-    from vmamba.analysis.text_files import replace_text
+    from vmamba.files import write_text
 
     stem: Path = args.output
     formats = {stem.with_name(f"{stem.name}.csv"): as_csv, stem.with_name(f"{stem.name}.md"): as_markdown}
@@ -126,7 +126,7 @@ def _write_table(args: Namespace) -> None:
     for row in cost_rows(ask_fvcore=not args.no_fvcore):
         rows.append(row)
         for path, as_text in formats.items():
-            replace_text(path, as_text(rows))
+            write_text(path, as_text(rows))
         published = "-" if row.published_g is None else row.published_g
         print(f"{row.model:<32} {row.macs / 1e9:8.3f} GMACs, published {published}", flush=True)
     print(f"wrote  {stem}.csv and .md")

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from vmamba.cli.model_options import add_model_options, load_model
 from vmamba.cli.option_types import positive_integer
-from vmamba.cli.outputs import check_folders, check_outputs, check_picture, default_output
+from vmamba.cli.output_files import check_folders, check_outputs, check_picture, default_output
 from vmamba.errors import UserError
 from vmamba.training.config import DIGITS
 

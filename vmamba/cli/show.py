@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmamba.cli.option_types import positive_integer
-from vmamba.cli.outputs import check_folders, check_outputs, check_picture, default_output
+from vmamba.cli.output_files import check_folders, check_outputs, check_picture, default_output
 from vmamba.errors import UserError, nearest
 from vmamba.files import replaced
 from vmamba.training.config import DIGITS

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vmamba.cli.model_options import add_model_options, load_model
 from vmamba.cli.option_types import not_negative, positive_integer
-from vmamba.cli.outputs import check_outputs
+from vmamba.cli.output_files import check_outputs
 from vmamba.errors import UserError
 from vmamba.training.config import DIGITS
 
@@ -62,8 +62,7 @@ def run(args: Namespace) -> None:
 def _validate_at_sizes(args: Namespace, process: "Process") -> None:
     """Validates at one size after the other, and keeps what there is so far in the files."""
     from vmamba.analysis.resolution import as_csv, draw
-    from vmamba.analysis.text_files import replace_text
-    from vmamba.files import replaced
+    from vmamba.files import replaced, write_text
 
     table, picture = (args.output.with_name(args.output.name + suffix) for suffix in (".csv", ".png"))
     check_outputs([table, picture], args.overwrite)
@@ -73,7 +72,7 @@ def _validate_at_sizes(args: Namespace, process: "Process") -> None:
         args.img_size = size
         records.append(_validate(args, process))
         if process.is_first:
-            replace_text(table, as_csv(records))
+            write_text(table, as_csv(records))
             with replaced(picture) as temporary:
                 draw(records, trained_at, temporary)
     _logger.info(f"wrote  {table} and {picture}")

@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 
 from vmamba.errors import UserError, nearest
-from vmamba.mm.checkpoints import accept_published, load_pretrained, pretrained_source, registered
+from vmamba.mm.checkpoints import InitCfg, accept_published, load_pretrained, pretrained_source, registered
 from vmamba.models._hierarchical import HierarchicalBackbone
 
 
@@ -66,7 +66,7 @@ class DenseBackbone(BaseModule):
         drop_path_rate: float = 0.0,
         with_cp: bool = False,
         pretrained: str | bool | None = None,
-        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
+        init_cfg: InitCfg = None,
         **model_kwargs: Any,
     ) -> None:
         super().__init__()

@@ -27,9 +27,7 @@ InitCfg = dict[str, Any] | list[dict[str, Any]] | None
 """MMEngine's way to say it."""
 
 
-def pretrained_source(
-    pretrained: Source | None, init_cfg: dict[str, Any] | list[dict[str, Any]] | None
-) -> Source | None:
+def pretrained_source(pretrained: Source | None, init_cfg: InitCfg) -> Source | None:
     """Where to take weights from, given the two ways in which a config says so; None for nowhere.
 
     Raises:

@@ -112,8 +112,8 @@ def _backward(ctx, grad, _grad_checkpoints):
     grads = torch.ops.vmamba.selective_scan_backward(
         grad, checkpoints, *tensors, ctx.dt_softplus, ctx.result, ctx.checkpoint_steps
     )
-    differentiable = (g if there else None for g, there in zip(grads, ctx.present, strict=False))
-    return (*differentiable, *(None,) * 7)
+    of_inputs = (g if there else None for g, there in zip(grads, ctx.present, strict=False))
+    return (*of_inputs, *(None,) * 7)
 
 
 def _no_second_derivative(ctx, *grads):

@@ -12,6 +12,8 @@ from vmamba.ops.reference import selective_scan_reference
 Result = Literal["merged", "steps", "states"]
 Backend = Literal["kernel", "reference"]
 
+_TABLE_DTYPES = {"route": torch.int32, "param_route": torch.int32, "reset": torch.bool}
+
 
 @register_notrace_function
 def selective_scan(
@@ -112,9 +114,6 @@ def _check_places(u: Tensor, **others: Tensor | None) -> None:
         dtype = _TABLE_DTYPES.get(name)
         if dtype is not None and x.dtype is not dtype:
             raise TypeError(f"{name} must be {dtype}, got {x.dtype}; cast it: {name}.to({dtype})")
-
-
-_TABLE_DTYPES = {"route": torch.int32, "param_route": torch.int32, "reset": torch.bool}
 
 
 def _check_shapes(

@@ -115,7 +115,6 @@ class TrainConfig:
     ema: bool = _optimise(True, "keep and validate an exponential moving average of the weights")
     ema_decay: float = _optimise(0.9999, "decay of that average")
     ema_warmup: bool = _optimise(False, "let the decay grow from 0 to ema_decay; for short runs")
-
     mesa: float = _optimise(0.0, "weight of the cross-entropy with the moving average's output (MESA); 0: off")
     mesa_start: float = _optimise(0.25, "share of the epochs after which MESA begins")
 
@@ -139,15 +138,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "at least 1": (
         lambda value: value >= 1,
         (
-            "num_classes",
-            "img_size",
-            "recount",
-            "epochs",
-            "batch_size",
-            "accumulate",
-            "repeated_aug",
-            "lr_batch_size",
-            "threads",
+            *("num_classes", "img_size", "recount", "repeated_aug"),
+            *("epochs", "batch_size", "accumulate", "lr_batch_size", "threads"),
         ),
     ),
     "0 or more": (

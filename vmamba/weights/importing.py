@@ -32,8 +32,12 @@ def take_in(checkpoint: Checkpoint, file: Path, folder: Path, accept: bool = Fal
     own_weights(checkpoint, file)
     is_converted = file.suffix == places.CONVERTED_SUFFIX
     target = folder / (checkpoint.name + places.CONVERTED_SUFFIX if is_converted else checkpoint.file_name)
+    before = places.found_before(checkpoint, target)
+    if not before and not target.is_file():
+        _copy(checkpoint, file, target, accept)
+        return target
     digest = record.sha256(file)
-    hiding = [path for path in places.found_before(checkpoint, target) if not _is_same(path, digest)]
+    hiding = [path for path in before if not _is_same(path, digest)]
     if hiding and not accept:
         raise UserError(f"{hiding[0]} is there already and would be found before {target.name}; {_REMEDY}")
     if target.is_file() and record.sha256(target) == digest:

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from vmamba.analysis.benchmark.jobs import Job
 from vmamba.analysis.benchmark.peers import published_top1
 from vmamba.analysis.benchmark.results import PICTURES, Environment, Figures, Measured, Result, measured
+from vmamba.files import replaced
 
 _COLORS = ("#1f6fb4", "#d1495b", "#3a7d44", "#edae49", "#7b5ea7", "#4a4a4a", "#00798c", "#b5651d")
 _FULL_SIZE = 224  # what the accuracies were measured at
@@ -37,7 +38,8 @@ def draw(results: list[Result], environment: Environment, stem: Path) -> list[Pa
         if figure is not None:
             figure.suptitle(title, fontsize=9, x=0.01, ha="left")
             path = stem.with_name(stem.name + end)
-            figure.savefig(path, dpi=120)
+            with replaced(path) as temporary:
+                figure.savefig(temporary, dpi=120)
             written.append(path)
     return written
 

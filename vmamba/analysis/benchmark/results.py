@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vmamba.analysis.benchmark.jobs import LARGEST, Job
-from vmamba.analysis.text_files import replace_text
 from vmamba.errors import UserError
+from vmamba.files import write_text
 
 FORMAT = "vmamba-benchmark-1"
 
@@ -157,9 +157,9 @@ class Book:
         self.results = [other for other in self.results if other.asked != result.asked] + [result]
         rows = [result.row() for result in self.results]
         content = {"format": FORMAT, "environment": self.environment, "results": rows}
-        replace_text(self.json_path, json.dumps(content, indent=1) + "\n")
-        replace_text(self._path(".csv"), _as_csv({**row, **self.environment} for row in rows))
-        replace_text(self._path(".md"), as_markdown(self.results, self.environment))
+        write_text(self.json_path, json.dumps(content, indent=1) + "\n")
+        write_text(self._path(".csv"), _as_csv({**row, **self.environment} for row in rows))
+        write_text(self._path(".md"), as_markdown(self.results, self.environment))
 
 
 def read(path: Path) -> tuple[Environment, list[Result]]:
