@@ -28,7 +28,7 @@ __all__ = ["EfficientVMamba"]  # timm adds the entry points
 
 
 @register_route("atrous")
-def atrous(height: int, width: int) -> Tensor:
+def atrous(grid: Tensor) -> Tensor:
     """Every second position, from each corner of the first 2x2 cell: (4, ceil(height / 2) * ceil(width / 2)).
 
     Directions 0 and 2 take the even rows row by row, 1 and 3 the odd rows column by column; 0 and 1 the even columns,
@@ -36,9 +36,9 @@ def atrous(height: int, width: int) -> Tensor:
     decay: published models pad the map with zeros there. (The offsets of the paper's closed formula do not make up
     all four phases; these are the code's.)
     """
+    height, width = grid.shape
     rows, columns = (height + 1) // 2, (width + 1) // 2
-    positions = torch.arange(height * width, dtype=torch.int32).view(height, width)
-    cells = F.pad(positions, (0, 2 * columns - width, 0, 2 * rows - height), value=DECAY_ONLY)
+    cells = F.pad(grid, (0, 2 * columns - width, 0, 2 * rows - height), value=DECAY_ONLY)
     cells = cells.view(rows, 2, columns, 2)
     phases = [cells[:, 0, :, 0], cells[:, 1, :, 0].t(), cells[:, 0, :, 1], cells[:, 1, :, 1].t()]
     return torch.stack([phase.reshape(-1) for phase in phases])

@@ -56,13 +56,13 @@ PASSES = 3
 
 
 @register_route("three_passes")
-def three_passes(height: int, width: int) -> Tensor:
+def three_passes(grid: Tensor) -> Tensor:
     """Rows reversed, then columns, then columns reversed, as one sequence: (1, 3 * height * width).
 
     The walk never jumps further than from one line to the next: a pass begins where the last one ended.
     """
-    by_columns = columns(height, width)
-    return torch.cat([reverse(raster(height, width)), by_columns, reverse(by_columns)], dim=1)
+    by_columns = columns(grid)
+    return torch.cat([reverse(raster(grid)), by_columns, reverse(by_columns)], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

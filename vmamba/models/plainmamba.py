@@ -25,6 +25,7 @@ from vmamba.models._builder import build_model, imagenet_cfg, published_cfgs, pu
 from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._plain import PlainBackbone, fit_pos_embed, square_map
 from vmamba.ops import get_route, grid_table, register_route, reverse, selective_scan
+from vmamba.ops.routes import raster
 
 __all__ = ["PlainMamba"]  # timm adds the entry points
 
@@ -34,25 +35,24 @@ MOVES = 5
 
 
 @register_route("snake")
-def snake(height: int, width: int) -> Tensor:
+def snake(grid: Tensor) -> Tensor:
     """Rows from the top left, every other one backwards; that reversed; columns likewise; that reversed: (4, H * W).
 
     Consecutive positions are neighbours.
     """
-    grid = torch.arange(height * width, dtype=torch.int32).view(height, width)
     rows, columns = _snake_rows(grid), _snake_rows(grid.t())
     return torch.stack([rows, reverse(rows), columns, reverse(columns)])
 
 
 def _snake_rows(grid: Tensor) -> Tensor:
-    odd = torch.arange(grid.shape[0]).unsqueeze(1) % 2 == 1
+    odd = torch.arange(grid.shape[0], device=grid.device).unsqueeze(1) % 2 == 1
     return torch.where(odd, grid.flip(1), grid).reshape(-1)
 
 
 @grid_table
-def arriving_moves(height: int, width: int) -> Tensor:
+def arriving_moves(grid: Tensor) -> Tensor:
     """The move that led to each step of :func:`snake`: 0 at the start, 1 right, 2 left, 3 up, 4 down; (4, H * W)."""
-    route = snake(height, width)
+    route, width = snake(grid), grid.shape[1]
     down = (route // width).diff()
     right = (route % width).diff()
     moves = (right > 0) * 1 + (right < 0) * 2 + (down < 0) * 3 + (down > 0) * 4
@@ -60,9 +60,9 @@ def arriving_moves(height: int, width: int) -> Tensor:
 
 
 @grid_table
-def raster_for_all(height: int, width: int) -> Tensor:
+def raster_for_all(grid: Tensor) -> Tensor:
     """Row by row from the top left, in each of the four directions: (4, H * W)."""
-    return torch.arange(height * width, dtype=torch.int32).repeat(DIRECTIONS, 1)
+    return raster(grid).repeat(DIRECTIONS, 1)
 
 
 class SnakeMixer(nn.Module):

@@ -4,10 +4,11 @@ A route is an int32 tensor of shape (K, T): ``route[k, t]`` is the position ``ro
 ``k`` visits at step ``t``. A position may be visited several times or never, T need not equal height * width, and the
 entry :data:`DECAY_ONLY` (-1) stands for a step that reads nothing and only lets the state decay.
 
-Routes are made by small functions of (height, width). Register one under a name and every model can use it::
+Routes are made by small functions of the grid: its positions, as an int32 tensor of shape (height, width). Register one
+under a name and every model can use it::
 
     @register_route("diagonal")
-    def diagonal(height: int, width: int) -> torch.Tensor: ...
+    def diagonal(grid: torch.Tensor) -> torch.Tensor: ...
 
     route = get_route("diagonal", 14, 14, device)
 """
@@ -21,7 +22,7 @@ from timm.models import register_notrace_function
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-RouteBuilder = Callable[[int, int], Tensor]
+RouteBuilder = Callable[[Tensor], Tensor]
 
 DECAY_ONLY = -1
 """Route entry of a step that reads no position and writes none: its input is zero and the state only decays."""
@@ -30,7 +31,7 @@ _BUILDERS: dict[str, RouteBuilder] = {}
 
 
 def register_route(name: str) -> Callable[[RouteBuilder], RouteBuilder]:
-    """Registers a function of (height, width) that returns a route of shape (K, T) under ``name``.
+    """Registers a function under ``name``: from the positions of a grid, (height, width), to a route of shape (K, T).
 
     Raises:
         ValueError: if the name is taken.
@@ -41,10 +42,10 @@ def register_route(name: str) -> Callable[[RouteBuilder], RouteBuilder]:
             raise ValueError(f"route '{name}' is registered already; choose another name")
 
         @wraps(builder)
-        def checked(height: int, width: int) -> Tensor:
-            route = builder(height, width)
+        def checked(grid: Tensor) -> Tensor:
+            route = builder(grid)
             if not _capturing():
-                check_route(route, height * width)
+                check_route(route, grid.numel())
             return route
 
         _BUILDERS[name] = checked
@@ -64,10 +65,10 @@ def _capturing() -> bool:
 
 
 def grid_table(builder: RouteBuilder) -> Callable[..., Tensor]:
-    """Makes of a function of (height, width) one of (height, width, device): a table that goes with a route.
+    """Makes of a function of the grid's positions one of (height, width, device): a table that goes with a route.
 
     The result is int32, on the CPU unless said, and cached per size and device. While a graph is being captured it is
-    computed inside it instead, so that sizes may stay symbolic.
+    computed inside it instead, on the device, so that sizes may stay symbolic.
     """
 
     @register_notrace_function
@@ -80,7 +81,7 @@ def grid_table(builder: RouteBuilder) -> Callable[..., Tensor]:
 
 def _table(builder: RouteBuilder, height: int, width: int, device: torch.device | str) -> Tensor:
     if _capturing():
-        return builder(height, width).to(device=device, dtype=torch.int32)
+        return builder(_grid(height, width, device)).to(device=device, dtype=torch.int32)
     return _cached_table(builder, height, width, torch.device(device))
 
 
@@ -88,7 +89,11 @@ def _table(builder: RouteBuilder, height: int, width: int, device: torch.device 
 def _cached_table(builder: RouteBuilder, height: int, width: int, device: torch.device) -> Tensor:
     # A cached tensor outlives the mode it was made in: one made under inference_mode could never be used in training.
     with torch.inference_mode(False), torch.device("cpu"):
-        return builder(height, width).to(device=device, dtype=torch.int32).contiguous()
+        return builder(_grid(height, width, "cpu")).to(device=device, dtype=torch.int32).contiguous()
+
+
+def _grid(height: int, width: int, device: torch.device | str) -> Tensor:
+    return torch.arange(height * width, dtype=torch.int32, device=device).view(height, width)
 
 
 @register_notrace_function
@@ -131,26 +136,26 @@ def reverse(route: Tensor) -> Tensor:
 
 
 @register_route("raster")
-def raster(height: int, width: int) -> Tensor:
+def raster(grid: Tensor) -> Tensor:
     """Row by row from the top left, one direction: (1, height * width)."""
-    return torch.arange(height * width, dtype=torch.int32).unsqueeze(0)
+    return grid.reshape(1, -1)
 
 
 @register_route("columns")
-def columns(height: int, width: int) -> Tensor:
+def columns(grid: Tensor) -> Tensor:
     """Column by column from the top left, one direction: (1, height * width)."""
-    return torch.arange(height * width, dtype=torch.int32).view(height, width).t().reshape(1, -1)
+    return raster(grid.t())
 
 
 @register_route("bidirectional")
-def bidirectional(height: int, width: int) -> Tensor:
+def bidirectional(grid: Tensor) -> Tensor:
     """Row by row, forwards and backwards (Vim): (2, height * width)."""
-    rows = raster(height, width)
+    rows = raster(grid)
     return torch.cat([rows, reverse(rows)])
 
 
 @register_route("cross")
-def cross(height: int, width: int) -> Tensor:
+def cross(grid: Tensor) -> Tensor:
     """The four directions of VMamba's SS2D: rows, columns, rows reversed, columns reversed: (4, height * width)."""
-    forward = torch.cat([raster(height, width), columns(height, width)])
+    forward = torch.cat([raster(grid), columns(grid)])
     return torch.cat([forward, reverse(forward)])
