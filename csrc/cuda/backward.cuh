@@ -7,10 +7,13 @@
 //
 // A lane has one channel, and everything of its state lives in registers for sixteen steps, between two checkpoints.
 // Sums over channels are butterflies within a warp, then a fixed order over warps, then over tiles (gather.cu). The
-// low-rank factor's gradients are two tensor-core products with the page's tile of step gradients.
+// low-rank factor's gradients are two tensor-core products with the page's tile of step gradients (backward_page.cuh).
+//
+// Steps are in log2 units and B is staged times ln 2, so that dt_t B_t needs no factor. Behind the last step of a chunk
+// nothing has a gradient: the chunk is the last one, so none arrives there, and none is read.
 #pragma once
 
-#include "backward_sums.cuh"
+#include "backward_page.cuh"
 
 namespace vmamba::cuda {
 
@@ -21,6 +24,7 @@ static_assert(kSpan == checkpoint_interval(1));
 // gradient survives. Pass::output: all gradients.
 template <typename T, typename Grad, bool OfStates, Pass pass>
 __global__ void __launch_bounds__(192, 2) backward_kernel(const __grid_constant__ BackwardArgs args) {
+    using Page = BackwardPage<T>;
     constexpr bool kExact = std::is_same_v<T, float>;
     const Scan& s = args.scan;
     const Cut& cut = args.cut;
@@ -35,28 +39,27 @@ __global__ void __launch_bounds__(192, 2) backward_kernel(const __grid_constant_
     const int rank = static_cast<int>(s.rank), features = rank + 2;
 
     extern __shared__ __align__(16) float shared[];
-    const BackwardShared layout(rank, cut.tile);
-    const PageStore page{reinterpret_cast<int*>(shared), reinterpret_cast<int*>(shared) + kPageSteps,
-                         shared + 2 * kPageSteps, shared + layout.low, shared + layout.gains};
-    float* weights = shared + layout.weights;
-    float* delta = shared + layout.delta;
-    float* sums = shared + layout.sums;
-    const int stride = delta_stride(cut.tile);
+    const BackwardShared layout(rank, cut.tile, Page::kPacked);
+    const Page own(shared, layout, rank, cut.tile);
+    const PageStore<typename Page::Low> page{reinterpret_cast<int*>(shared), reinterpret_cast<int*>(shared) + kPageSteps,
+                                             shared + 2 * kPageSteps, own.low, shared + layout.gains};
+    float *delta = own.delta, *sums = shared + layout.sums;
+    const int stride = own.stride;
     if (rank) {
-        stage_weights<kExact>(weights, s, direction, first_channel, cut.tile);
-        clear_low(page.low, rank);
+        own.stage_weights(s, direction, first_channel);
+        clear_low(page.low, own.low_stride());
     }
 
     const Walk walk(s, place.image, direction);
     const Column<T> u_column(s.u, place.image, direction, safe_channel);
     // The gradient of the result: per position (merged) or per step; for states, per step, channel and state.
-    const bool merged = s.result == Result::merged;
+    const bool merged = s.result == Result::merged, all_active = first_channel + cut.tile <= s.channels;
     const int64_t grad_base = (merged ? place.image * s.length : row * s.steps) * s.channels + channel;
     const Rows grad_rows{static_cast<const Grad*>(args.grad) + grad_base - channel, 0, 0, s.channels};
     const Column<Grad> grad_column(grad_rows, 0, 0, safe_channel);
 
     const int64_t carry_at = (row * cut.chunks + place.chunk) * s.channels + channel;
-    const float A = active ? s.A.data[direction * s.A.direction_stride + channel] : 0.f;
+    const float A = active ? s.A.data[direction * s.A.direction_stride + channel] : 0.f, natural_A = A * kLn2;
     float g = pass == Pass::output && args.carry && active ? args.carry[carry_at] : 0.f, dA = 0.f;
     const Stepper<kExact> stepper(s.dt_bias, direction, safe_channel, s.dt_softplus);
     const float skip = s.D.data && active && !OfStates ? s.D.data[direction * s.D.direction_stride + channel] : 0.f;
@@ -79,23 +82,27 @@ __global__ void __launch_bounds__(192, 2) backward_kernel(const __grid_constant_
         __syncthreads();
         stage_positions(page, walk, at, count);
         __syncthreads();
-        stage_rows<T, 1>(page, s, place.image, direction, 0);
-        __syncthreads();
-        expand_steps<T, 32>(delta, stride, page, weights, s, place.image, direction, first_channel, warp * 32, count);
-        __syncwarp();
-#pragma unroll 8
-        for (int t = 0; t < kPageSteps; ++t) {
-            const float step = stepper.step(delta[t * stride + column]);
-            delta[t * stride + column] = t < count ? step : 0.f;
-        }
-        __syncwarp();
-
+        own.stage_rows(page, s, place.image, direction, args.rows_in_pairs);
+        // Every position is read and written, by every channel: no load depends on its own position.
+        const bool whole = __syncthreads_and((threadIdx.x >= kPageSteps || page.at[threadIdx.x] >= 0) &&
+                                             (blockDim.x >= kPageSteps || page.at[threadIdx.x + 32] >= 0)) &&
+                           all_active && merged && !OfStates;
         const int silent = active ? 0 : -1;  // makes every position of a channel behind the last one negative
         const auto read_u = [&](T(&u)[kSpan], int t) {
+            if (whole) {
+#pragma unroll
+                for (int j = 0; j < kSpan; ++j) u[j] = u_column.at(page.at[t + j]);
+                return;
+            }
 #pragma unroll
             for (int j = 0; j < kSpan; ++j) u[j] = u_column.at_or_zero(page.at[t + j] | silent);
         };
         const auto read_grad = [&](Grad(&dy)[kSpan], int t) {
+            if (whole) {
+#pragma unroll
+                for (int j = 0; j < kSpan; ++j) dy[j] = grad_column.at(page.at[t + j]);
+                return;
+            }
 #pragma unroll
             for (int j = 0; j < kSpan; ++j) {
                 const int step = t + j, p = page.at[step] | silent;
@@ -112,10 +119,30 @@ __global__ void __launch_bounds__(192, 2) backward_kernel(const __grid_constant_
             return t < count && active ? load_as(args.grad, grad_base + (at + t) * s.channels, args.grad_dtype) : 0.f;
         };
 
+        const auto checkpoint = [&](int t) {
+            if (!active) return 0.f;
+            return args.checkpoints[(row * args.checkpoint_count + (at + t) / kSpan) * s.channels + channel];
+        };
+        T raw_u[kSpan];  // as read; the next span's are on their way while one is worked on
+        Grad raw_dy[kSpan];
+        read_u(raw_u, (spans - 1) * kSpan);
+        read_grad(raw_dy, (spans - 1) * kSpan);
+        float h = checkpoint((spans - 1) * kSpan);
+
+        own.expand(page, s, place.image, direction, first_channel, count);
+        __syncwarp();
+        for (int t = 0; t < count; t += kSpan) {
+#pragma unroll
+            for (int j = 0; j < kSpan; ++j) {
+                float& slot = delta[(t + j) * stride + column];
+                slot = stepper.step(slot);
+            }
+        }
+        for (int t = count; t < spans * kSpan; ++t) delta[t * stride + column] = 0.f;
+
         if constexpr (pass == Pass::summary) {
             for (int span = spans - 1; span >= 0; --span) {
                 const int t = span * kSpan;
-                Grad raw_dy[kSpan];
                 float dy[kSpan];
                 read_grad(raw_dy, t);
                 as_floats(dy, raw_dy);
@@ -132,16 +159,6 @@ __global__ void __launch_bounds__(192, 2) backward_kernel(const __grid_constant_
             continue;
         }
 
-        const auto checkpoint = [&](int t) {
-            if (!active) return 0.f;
-            return args.checkpoints[(row * args.checkpoint_count + (at + t) / kSpan) * s.channels + channel];
-        };
-        T raw_u[kSpan];  // as read; the next span's are on their way while one is worked on
-        Grad raw_dy[kSpan];
-        read_u(raw_u, (spans - 1) * kSpan);
-        read_grad(raw_dy, (spans - 1) * kSpan);
-        float h = checkpoint((spans - 1) * kSpan);
-
         // Backwards, a span at a time.
         for (int span = spans - 1; span >= 0; --span) {
             const int t = span * kSpan;
@@ -155,46 +172,42 @@ __global__ void __launch_bounds__(192, 2) backward_kernel(const __grid_constant_
             }
             float decay[kSpan], before[kSpan];  // and the state before each step
 #pragma unroll
+            for (int j = 0; j < kSpan; ++j)
+                decay[j] = exp2_fast(fmaf(delta[(t + j) * stride + column], A, page.drop[t + j]));
+#pragma unroll
             for (int j = 0; j < kSpan; ++j) {
-                const float step = delta[(t + j) * stride + column];
-                const float gain = step * kLn2 * u[j];
-                const float drop = walk.reset ? page.drop[t + j] : 0.f;
                 before[j] = h;
-                decay[j] = exp2_fast(fmaf(step, A, drop));
-                h = fmaf(decay[j], h, gain * page.gains[(t + j) * 2]);
+                h = fmaf(decay[j], h, delta[(t + j) * stride + column] * u[j] * page.gains[(t + j) * 2]);
             }
-            // What a channel's step comes to: gradients of u and of the raw step.
             char* du =
                 reinterpret_cast<char*>(static_cast<T*>(args.du) + (row * s.steps + at + t) * s.channels + channel);
-            const auto finish = [&](int j, float input, float grad, float through_gain, float through_decay) {
-                float& slot = delta[(t + j) * stride + column];
-                const float step = slot, dt_grad = fmaf(through_gain, input, through_decay);
-                const float counts =
-                    t + j < count ? 1.f : 0.f;  // a factor, since a branch would end the overlap of steps
-                const float raw_grad = dt_grad * stepper.slope(step) * counts;
-                const float u_grad = fmaf(through_gain, step * kLn2, skip * grad);
-                d_skip = fmaf(grad, input, d_skip);
-                d_bias += raw_grad;
-                slot = raw_grad;
-                if (active && t + j < count) *reinterpret_cast<T*>(offset_by(du, j, du_stride)) = from_float<T>(u_grad);
-            };
+            const int stored = active ? count - t : 0;
 #pragma unroll
             for (int half = kSpan / 8 - 1; half >= 0; --half) {
-                float channel_sums[16];  // eight dB, then eight dC
+                float channel_sums[16];  // eight dB / ln 2, then eight dC
+                float odd_grad = 0.f;    // gradient of the second step of a pair
 #pragma unroll
                 for (int i = 7; i >= 0; --i) {
                     const int j = half * 8 + i;
                     const float step = delta[(t + j) * stride + column];
                     const float2 gains = *reinterpret_cast<const float2*>(page.gains + (t + j) * 2);  // B and C
                     g = OfStates ? g + states_grad(t + j) : fmaf(gains.y, dy[j], g);
-                    channel_sums[i] = g * (step * kLn2 * u[j]);
+                    channel_sums[i] = g * (step * u[j]);
                     channel_sums[8 + i] = dy[j] * h;
                     const float through_gain = g * gains.x;
                     g *= decay[j];
                     h = before[j];
                     const float on_exponent = g * h;
                     dA = fmaf(on_exponent, step, dA);
-                    finish(j, u[j], dy[j], through_gain, on_exponent * A);
+                    // Gradients of u and of the raw step.
+                    const float u_grad = fmaf(through_gain, step, skip * dy[j]);
+                    const float raw_grad =
+                        fmaf(through_gain, u[j], on_exponent * natural_A) * stepper.slope_per_ln2(step);
+                    d_skip = fmaf(dy[j], u[j], d_skip);
+                    d_bias += raw_grad;
+                    if (j < stored) *reinterpret_cast<T*>(offset_by(du, j, du_stride)) = from_float<T>(u_grad);
+                    if (i % 2 == 0) own.keep(t + j, column, raw_grad, odd_grad);
+                    odd_grad = raw_grad;
                 }
                 // Lane bits from 16 down to 2 spell dB or dC, then the step.
                 float total = scatter_sum<16, 16>(channel_sums);
@@ -210,15 +223,15 @@ __global__ void __launch_bounds__(192, 2) backward_kernel(const __grid_constant_
         for (int v = threadIdx.x; v < count * 2; v += blockDim.x) {
             float total = 0.f;
             for (int w = 0; w < warps; ++w) total += sums[(v / 2 * warps + w) * 2 + v % 2];
-            rows[v / 2 * features + rank + v % 2] = total;
+            rows[v / 2 * features + rank + v % 2] = v % 2 ? total : total * kLn2;
         }
         if (rank == 0) {
             T* ddt = static_cast<T*>(args.ddt) + (row * s.steps + at) * s.channels + channel;
-            for (int t = 0; t < count && active; ++t) ddt[t * s.channels] = from_float<T>(delta[t * stride + column]);
+            for (int t = 0; t < count && active; ++t) ddt[t * s.channels] = own.kept(t, column);
         } else {
-            store_row_grads<kExact>(rows, features, delta, stride, weights, rank, cut.tile, count);
-            add_weight_grads<kExact>(params + 3 * s.channels, s.channels - first_channel, s.channels, i == pages - 1,
-                                     delta, stride, page.low, rank, cut.tile, count);
+            own.store_row_grads(rows, features, count);
+            own.add_weight_grads(params + 3 * s.channels, s.channels - first_channel, s.channels, i == pages - 1,
+                                 count);
         }
     }
 
@@ -239,7 +252,7 @@ template <typename T, typename Grad, bool OfStates, Pass pass>
 void launch_backward_kernel(const BackwardArgs& args, cudaStream_t stream) {
     const Cut& cut = args.cut;
     const int64_t blocks = args.scan.batch * args.scan.directions * cut.tiles * cut.chunks;
-    const int64_t bytes = BackwardShared(static_cast<int>(args.scan.rank), cut.tile).bytes;
+    const int64_t bytes = BackwardShared(static_cast<int>(args.scan.rank), cut.tile, BackwardPage<T>::kPacked).bytes;
     launch(backward_kernel<T, Grad, OfStates, pass>, blocks, cut.tile, bytes, stream, args);
 }
 

@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kWideWarps<Tile> * 32, 2 * kWideTile / Tile)
 
     extern __shared__ __align__(16) float shared[];
     using Shared = BackwardWideShared<Tile>;
-    const PageStore page{reinterpret_cast<int*>(shared), reinterpret_cast<int*>(shared) + kPageSteps,
+    const PageStore<> page{reinterpret_cast<int*>(shared), reinterpret_cast<int*>(shared) + kPageSteps,
                          shared + 2 * kPageSteps, shared + Shared::kLow, shared + Shared::kGains};
     float* weights = shared + Shared(rank).weights;
     float* steps = shared + Shared::kSteps;    // later the gradients of raw steps
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kWideWarps<Tile> * 32, 2 * kWideTile / Tile)
     float* sums = shared + Shared::kSums;
     if (rank) {
         stage_weights<kExact>(weights, s, direction, first_channel, cut.tile);
-        clear_low(page.low, rank);
+        clear_low(page.low, rank_stride(rank));
     }
     for (int i = thread; i < kWideSpan * kStepSums<Tile>; i += blockDim.x)
         sums[i] = 0.f;  // of warps that are not there
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kWideWarps<Tile> * 32, 2 * kWideTile / Tile)
         __syncthreads();
         stage_positions(page, walk, at, count);
         __syncthreads();
-        stage_rows<T, kWideGroup>(page, s, place.image, direction, first_state);
+        stage_rows<T, kWideGroup>(page, rank_stride(rank), s, place.image, direction, first_state);
         stage_activation<Tile, T>(inputs, view, s.u, place.image, direction, s, first_channel, kLn2,
                                   [&](int t) { return page.at[t]; });
         const auto stage_grads = [&](auto zero) {

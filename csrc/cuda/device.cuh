@@ -40,6 +40,31 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
     return __float2half_rn(x);
 }
 
+// Two neighbouring 16-bit numbers in a register.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
+    const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&x);
+}
+template <>
+__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
+    const __half2 x = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&x);
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t bits);
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t bits) {
+    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+}
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t bits) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&bits));
+}
+
 __device__ __forceinline__ uint32_t divide(uint32_t x, const Divisor& divisor) {
     return (__umulhi(x, divisor.multiplier) + static_cast<uint64_t>(x)) >> divisor.shift;
 }
@@ -127,6 +152,11 @@ struct Stepper {
             if (v < 0.08f) slope = series;
         }
         return with_softplus != 0.f ? slope : 1.f;
+    }
+    // The same over ln 2.
+    __device__ __forceinline__ float slope_per_ln2(float step) const {
+        if constexpr (Exact) return slope(step) * kLog2e;
+        return fmaf(-kLog2e * with_softplus, exp2_fast(-with_softplus * step), kLog2e);
     }
 };
 
@@ -267,17 +297,19 @@ struct Walk {
           length(s.length) {}
 };
 
-// Shared-memory arrays of a page. low: (64, rank_stride) low-rank steps; gains: (64, 2 * Group) rows of B then C.
+// Shared-memory arrays of a page. low: low-rank steps, a row of Low a step; gains: (64, 2 * Group) rows of B then C.
+template <typename Low = float>
 struct PageStore {
     int* at;      // position of u and of the result, -1 for none
     int* row_at;  // position of dt, B and C
     float* drop;  // added to the decay's exponent: -inf where the state is reset before the step, else 0
-    float* low;
+    Low* low;
     float* gains;
 };
 
 // Reads the tables of a page, by the whole block.
-__device__ inline void stage_positions(const PageStore& page, const Walk& walk, int64_t begin, int count) {
+template <typename Low>
+__device__ void stage_positions(const PageStore<Low>& page, const Walk& walk, int64_t begin, int count) {
     for (int t = threadIdx.x; t < kPageSteps; t += blockDim.x) {
         page.at[t] = t < count ? position(walk.route, begin + t, walk.length) : -1;
         page.row_at[t] = t < count ? position(walk.param_route, begin + t, walk.length) : -1;
@@ -285,11 +317,12 @@ __device__ inline void stage_positions(const PageStore& page, const Walk& walk, 
     }
 }
 
-// Reads the rows of a page whose positions are staged: low-rank steps, B and C as floats, zero where nothing is read.
-// C is also zero where the result is not written, which makes that result zero. Columns of `low` behind the rank are
-// cleared once, by clear_low.
-template <typename T, int Group>
-__device__ void stage_rows(const PageStore& page, const Scan& s, int64_t image, int direction, int first_state) {
+// Reads the rows of a page whose positions are staged: low-rank steps, B (times b_scale) and C as floats, zero where
+// nothing is read. C is also zero where the result is not written, which makes that result zero. Columns of `low` behind
+// the rank are cleared once, by clear_low. Low: float or T, in rows of low_stride.
+template <typename T, int Group, typename Low>
+__device__ void stage_rows(const PageStore<Low>& page, int low_stride, const Scan& s, int64_t image, int direction,
+                           int first_state, float b_scale = 1.f) {
     constexpr int kLanes = Group == 1 ? 8 : 16;  // threads along a row
     constexpr int kBatch = Group == 1 ? 8 : 4;   // rows whose loads are in flight together
     const int rank = static_cast<int>(s.rank), features = rank + 2 * Group;
@@ -314,17 +347,31 @@ __device__ void stage_rows(const PageStore& page, const Scan& s, int64_t image, 
 #pragma unroll
             for (int i = 0; i < kBatch; ++i)
                 value[i] = column.at_or_zero(read_at[i] | absent | (unwritten[i] & of_result));
-            const int stride = of_dt ? rank_stride(rank) : 2 * Group;
-            float* to = (of_dt ? page.low + f : page.gains + (of_c ? Group : 0) + state) + t * stride;
+            if (of_dt) {
+#pragma unroll
+                for (int i = 0; i < kBatch; ++i) {
+                    Low* to = page.low + (t + i * rows) * low_stride + f;
+                    if (t + i * rows >= kPageSteps) continue;
+                    if constexpr (std::is_same_v<Low, T>) {
+                        *to = value[i];
+                    } else {
+                        *to = to_float(value[i]);
+                    }
+                }
+                continue;
+            }
+            const float scale = of_c ? 1.f : b_scale;
+            float* to = page.gains + (of_c ? Group : 0) + state + t * 2 * Group;
 #pragma unroll
             for (int i = 0; i < kBatch; ++i)
-                if (t + i * rows < kPageSteps) to[i * rows * stride] = to_float(value[i]);
+                if (t + i * rows < kPageSteps) to[i * rows * 2 * Group] = to_float(value[i]) * scale;
         }
     }
 }
 
-__device__ inline void clear_low(float* low, int rank) {
-    for (int i = threadIdx.x; i < kPageSteps * rank_stride(rank); i += blockDim.x) low[i] = 0.f;
+template <typename Low>
+__device__ void clear_low(Low* low, int low_stride) {
+    for (int i = threadIdx.x; i < kPageSteps * low_stride; i += blockDim.x) low[i] = from_float<Low>(0.f);
 }
 
 // Consecutive floats of shared memory, four at a time where their number allows (their start is then aligned).
@@ -358,26 +405,32 @@ __device__ inline void stage_weights(float* weights, const Scan& s, int directio
     }
 }
 
-// Raw steps (before bias and softplus) of a page for `Width` channels of one warp, into delta (64, delta_stride).
-// Low-rank: a tensor-core product of the staged rows with the staged weights. Full: read as they are.
+// Raw steps (before bias and softplus) of a page for `Width` channels of one warp, into delta (64, delta_stride), where
+// they are not low-rank: as they are.
 template <typename T, int Width>
-__device__ void expand_steps(float* delta, int stride, const PageStore& page, const float* weights, const Scan& s,
+__device__ void read_full_steps(float* delta, int stride, const int* row_at, const Scan& s, int64_t image,
+                                int direction, int first_channel, int warp_channel, int count) {
+    constexpr int kRows = 32 / Width, kBatch = 8;
+    const int lane = threadIdx.x % 32, c = warp_channel + lane % Width, channel = first_channel + c;
+    const Column<T> dt(s.dt, image, direction, min(static_cast<int64_t>(channel), s.channels - 1));
+    for (int t = lane / Width; t < count; t += kRows * kBatch) {
+        T value[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) value[i] = dt.at_or_zero(row_at[min(t + i * kRows, kPageSteps - 1)]);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+            if (t + i * kRows < kPageSteps) delta[(t + i * kRows) * stride + c] = to_float(value[i]);
+    }
+}
+
+// The same for any steps. Low-rank: a tensor-core product of the staged rows with the staged weights.
+template <typename T, int Width>
+__device__ void expand_steps(float* delta, int stride, const PageStore<>& page, const float* weights, const Scan& s,
                              int64_t image, int direction, int first_channel, int warp_channel, int count) {
     const int lane = threadIdx.x % 32;
-    if (s.rank == 0) {
-        constexpr int kRows = 32 / Width, kBatch = 8;
-        const int c = warp_channel + lane % Width, channel = first_channel + c;
-        const Column<T> dt(s.dt, image, direction, min(static_cast<int64_t>(channel), s.channels - 1));
-        for (int t = lane / Width; t < count; t += kRows * kBatch) {
-            T value[kBatch];
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) value[i] = dt.at_or_zero(page.row_at[min(t + i * kRows, kPageSteps - 1)]);
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i)
-                if (t + i * kRows < kPageSteps) delta[(t + i * kRows) * stride + c] = to_float(value[i]);
-        }
-        return;
-    }
+    if (s.rank == 0)
+        return read_full_steps<T, Width>(delta, stride, page.row_at, s, image, direction, first_channel, warp_channel,
+                                         count);
     constexpr bool kExact = std::is_same_v<T, float>;
     const int g = lane / 4, q = lane % 4, row_stride = rank_stride(static_cast<int>(s.rank));
     const int columns = rank_columns(static_cast<int>(s.rank));

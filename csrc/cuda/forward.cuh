@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
 
     extern __shared__ __align__(16) float shared[];
     const ForwardShared layout(static_cast<int>(s.rank), Group, cut.tile);
-    const PageStore page{reinterpret_cast<int*>(shared), reinterpret_cast<int*>(shared) + kPageSteps,
+    const PageStore<> page{reinterpret_cast<int*>(shared), reinterpret_cast<int*>(shared) + kPageSteps,
                          shared + 2 * kPageSteps, shared + layout.low, shared + layout.gains};
     float* weights = shared + layout.weights;
     float* delta = shared + layout.delta;
@@ -85,13 +85,13 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
                       s.states +
                   first_state
             : nullptr;
-    if (s.rank) clear_low(page.low, static_cast<int>(s.rank));
+    if (s.rank) clear_low(page.low, rank_stride(static_cast<int>(s.rank)));
     for (int64_t at = begin; at < end; at += kPageSteps) {
         const int count = static_cast<int>(min(static_cast<int64_t>(kPageSteps), end - at));
         __syncthreads();
         stage_positions(page, walk, at, count);
         __syncthreads();
-        stage_rows<T, Group>(page, s, place.image, direction, first_state);
+        stage_rows<T, Group>(page, rank_stride(static_cast<int>(s.rank)), s, place.image, direction, first_state);
         T u[kAhead];
         read_ahead(u, page.at, u_column);
         __syncthreads();

@@ -20,31 +20,6 @@ namespace vmamba::cuda {
 
 constexpr int kFusedChannels = 16;
 
-// Two neighbouring 16-bit numbers in a register.
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
-    const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&x);
-}
-template <>
-__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
-    const __half2 x = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&x);
-}
-
-template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t bits);
-template <>
-__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t bits) {
-    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
-}
-template <>
-__device__ __forceinline__ float2 unpack<__half>(uint32_t bits) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&bits));
-}
-
 // acc (16 x 8) += a (16 x 16) * b (16 x 8). Lane g * 4 + q holds a at {(g, 2q), (g + 8, 2q), (g, 2q + 8), (g + 8, 2q +
 // 8)} and b at {(2q, g), (2q + 8, g)}, each with its right or lower neighbour; acc as for tf32.
 template <typename T>
@@ -188,13 +163,18 @@ __global__ void __launch_bounds__(32 * fused_most_warps(Small), 1)
         }
     };
 
-    // Small: tables are read a turn before what they point to is read, which is a turn before that is used. Otherwise
-    // there are no registers for that, but several blocks on a multiprocessor.
-    uint32_t places[kLaneSteps / 2], columns[kProducts], ahead[kProducts][kWords];
+    // Tables are read a turn before what they point to is read, which is a turn before that is used; but for the rows
+    // of many features, for which there are no registers.
+    constexpr bool kAhead = Blocks <= 2;
+    uint32_t places[kLaneSteps / 2], columns[kProducts], ahead[kAhead ? Blocks : 1][kProducts][kWords];
     load_lane_steps(places, args.prepared.places + tile_at(0) + q * kLaneSteps);
     load_lane_steps(columns, args.prepared.places + tile_at(0) + g / 2 * kLaneSteps);
     read_u(places);
-    if constexpr (Small) read_rows(ahead, columns, 0, 0);
+    const auto read_ahead = [&](const uint32_t (&columns)[kProducts], int direction) {
+#pragma unroll
+        for (int b = 0; b < Blocks; ++b) read_rows(ahead[b], columns, direction, b);
+    };
+    if constexpr (kAhead) read_ahead(columns, 0);
 
     // The operand that picks B and C, the two features behind the low-rank ones: B for rows 0 to 7, C for rows 8 to 15.
     uint32_t pick[4];
@@ -228,12 +208,10 @@ __global__ void __launch_bounds__(32 * fused_most_warps(Small), 1)
         const int lane_first = first + q * kLaneSteps;
         uint32_t offsets[kLaneSteps / 2], next_places[kLaneSteps / 2], next_columns[kProducts];
         const int64_t next_at = tile_at(min(turn + 1, turns - 1));
-        if constexpr (Small) {
-            // On their way during the walk: offsets for the end of this turn, places and columns of the next.
-            load_lane_steps(offsets, args.prepared.offsets + tile_at(turn) + q * kLaneSteps);
-            load_lane_steps(next_places, args.prepared.places + next_at + q * kLaneSteps);
-            load_lane_steps(next_columns, args.prepared.places + next_at + g / 2 * kLaneSteps);
-        }
+        // On their way during the walk: offsets for the end of this turn, places and columns of the next.
+        load_lane_steps(offsets, args.prepared.offsets + tile_at(turn) + q * kLaneSteps);
+        load_lane_steps(next_places, args.prepared.places + next_at + q * kLaneSteps);
+        load_lane_steps(next_columns, args.prepared.places + next_at + g / 2 * kLaneSteps);
 
         // Raw steps of both channels, and B and C, at steps 2 j and 2 j + 1 of this lane.
         float x[kProducts][4], bc[kProducts][4];
@@ -246,20 +224,21 @@ __global__ void __launch_bounds__(32 * fused_most_warps(Small), 1)
             const uint32_t a[4] = {weights.x, weights.y, weights.z, weights.w};
 #pragma unroll
             for (int j = 0; j < kProducts; ++j) {
-                mma_16bit<T>(x[j], a, ahead[j][0], ahead[j][0]);
-                mma_16bit<T>(bc[j], pick, ahead[j][0], 0);
+                mma_16bit<T>(x[j], a, ahead[0][j][0], ahead[0][j][0]);
+                mma_16bit<T>(bc[j], pick, ahead[0][j][0], 0);
             }
         } else {
 #pragma unroll
             for (int b = 0; b < Blocks; ++b) {
                 const uint4 high = operands(direction)[2 * b * 32], low = operands(direction)[(2 * b + 1) * 32];
                 const uint32_t a_high[4] = {high.x, high.y, high.z, high.w}, a_low[4] = {low.x, low.y, low.z, low.w};
-                read_rows(ahead, columns, direction, b);
+                auto& rows = ahead[kAhead ? b : 0];
+                if constexpr (!kAhead) read_rows(rows, columns, direction, b);
 #pragma unroll
                 for (int j = 0; j < kProducts; ++j) {
-                    mma_16bit<T>(x[j], a_low, ahead[j][0], ahead[j][kWords - 1]);
-                    mma_16bit<T>(x[j], a_high, ahead[j][0], ahead[j][kWords - 1]);
-                    if (b == rank / 16) mma_16bit<T>(bc[j], pick, ahead[j][0], ahead[j][kWords - 1]);
+                    mma_16bit<T>(x[j], a_low, rows[j][0], rows[j][kWords - 1]);
+                    mma_16bit<T>(x[j], a_high, rows[j][0], rows[j][kWords - 1]);
+                    if (b == rank / 16) mma_16bit<T>(bc[j], pick, rows[j][0], rows[j][kWords - 1]);
                 }
             }
         }
@@ -297,13 +276,8 @@ __global__ void __launch_bounds__(32 * fused_most_warps(Small), 1)
         } else {
             walk(std::false_type{});
         }
-        if constexpr (!Small) {
-            load_lane_steps(offsets, args.prepared.offsets + tile_at(turn) + q * kLaneSteps);
-            load_lane_steps(next_places, args.prepared.places + next_at + q * kLaneSteps);
-            load_lane_steps(next_columns, args.prepared.places + next_at + g / 2 * kLaneSteps);
-        }
         read_u(next_places);
-        if constexpr (Small) read_rows(ahead, next_columns, min(turn + 1, turns - 1) / rounds, 0);
+        if constexpr (kAhead) read_ahead(next_columns, min(turn + 1, turns - 1) / rounds);
 
         // Chain the four lanes of a channel pair: what enters this lane, and what leaves the last.
         float into_decay[2], into_end[2];
@@ -377,19 +351,19 @@ __global__ void __launch_bounds__(32 * fused_most_warps(Small), 1)
     }
     __syncthreads();
 
-    // Out: eight channels a thread.
+    // Out: 16 bytes a thread, neighbours side by side, so that no sector is written twice.
+    constexpr int kPieces = kFusedChannels * sizeof(Out) / 16;
     Out* out = static_cast<Out*>(args.out) + image * s.length * s.channels + first_channel;
-    for (int i = threadIdx.x; i < length * 2; i += blockDim.x) {
-        const int p = i / 2, half = i % 2;
-        const float4* from = reinterpret_cast<const float4*>(merged + (merged_offset(p, Small) ^ 32 * half));
-        const float4 a = from[0], b = from[1];
-        Out* to = out + static_cast<int64_t>(p) * s.channels + half * 8;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < length * kPieces; i += blockDim.x) {
+        const int p = i / kPieces, piece = i % kPieces;
+        uint4* to = reinterpret_cast<uint4*>(out + static_cast<int64_t>(p) * s.channels) + piece;
         if constexpr (std::is_same_v<Out, float>) {
-            reinterpret_cast<float4*>(to)[0] = a;
-            reinterpret_cast<float4*>(to)[1] = b;
+            *to = *reinterpret_cast<const uint4*>(merged + (merged_offset(p, Small) ^ 16 * piece));
         } else {
-            *reinterpret_cast<uint4*>(to) =
-                make_uint4(pack<Out>(a.x, a.y), pack<Out>(a.z, a.w), pack<Out>(b.x, b.y), pack<Out>(b.z, b.w));
+            const float4* from = reinterpret_cast<const float4*>(merged + (merged_offset(p, Small) ^ 32 * piece));
+            const float4 a = from[0], b = from[1];
+            *to = make_uint4(pack<Out>(a.x, a.y), pack<Out>(a.z, a.w), pack<Out>(b.x, b.y), pack<Out>(b.z, b.w));
         }
     }
 }

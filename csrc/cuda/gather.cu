@@ -193,16 +193,18 @@ struct RowGatherArgs {
     Divisor kinds, directions;
 };
 
-// One thread: one feature of one position of one direction. Features: R of the low-rank steps, then N of B, then N of
-// C.
+// One thread: one feature of one position of one direction, of several images where they share a table, whose lookups
+// are most of the work. Features: R of the low-rank steps, then N of B, then N of C.
+template <int Images>
 __global__ void __launch_bounds__(kThreads) gather_rows_kernel(const __grid_constant__ RowGatherArgs args) {
     const Scan& s = args.backward.scan;
     const Cut& cut = args.backward.cut;
     const int rank = static_cast<int>(s.rank), states = static_cast<int>(s.states), kinds = rank + 2 * states;
     const uint32_t per_image = static_cast<uint32_t>(s.length * s.directions * kinds);
     const uint32_t blocks_each = (per_image + kThreads - 1) / kThreads;
-    const int64_t image = blockIdx.x / blocks_each;
-    const uint32_t i = (blockIdx.x - static_cast<uint32_t>(image) * blocks_each) * kThreads + threadIdx.x;
+    const uint32_t group_of_images = blockIdx.x / blocks_each;
+    const int64_t image = static_cast<int64_t>(group_of_images) * Images;
+    const uint32_t i = (blockIdx.x - group_of_images * blocks_each) * kThreads + threadIdx.x;
     if (i >= per_image) return;
     const uint32_t cell = divide(i, args.kinds);
     int f = static_cast<int>(i - cell * args.kinds.by);
@@ -225,20 +227,28 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(const __grid_cons
     if (!target || k_out >= outputs) return;
     const int row_features = rank + 2 * cut.group;
     const int k_begin = outputs == 1 ? 0 : k_out, k_end = outputs == 1 ? static_cast<int>(s.directions) : k_out + 1;
-    float total = 0.f;
+    const int64_t image_rows = s.directions * cut.groups * cut.tiles * s.steps * row_features;
+    float total[Images] = {};
     for (int k = k_begin; k < k_end; ++k) {
         const int64_t table = args.visits.per_image ? image * s.directions + k : k;
         const int32_t* previous = args.visits.previous + table * s.steps;
         for (int t = args.visits.last[table * s.length + l]; t >= 0; t = previous[t]) {
             for (int g = first_group; g < end_group; ++g) {
                 const int64_t slice = (image * s.directions + k) * cut.groups + g;
-                for (int tile = 0; tile < cut.tiles; ++tile)
-                    total +=
-                        args.backward.rows[((slice * cut.tiles + tile) * s.steps + t) * row_features + source_feature];
+                for (int tile = 0; tile < cut.tiles; ++tile) {
+                    const float* from =
+                        args.backward.rows + ((slice * cut.tiles + tile) * s.steps + t) * row_features + source_feature;
+#pragma unroll
+                    for (int j = 0; j < Images; ++j)
+                        if (image + j < s.batch) total[j] += from[j * image_rows];
+                }
             }
         }
     }
-    store_as(target, ((image * s.length + l) * outputs + k_out) * size + f, total, s.dtype);
+#pragma unroll
+    for (int j = 0; j < Images; ++j)
+        if (image + j < s.batch)
+            store_as(target, (((image + j) * s.length + l) * outputs + k_out) * size + f, total[j], s.dtype);
 }
 
 // One block: 32 channels of one parameter row of one direction; its 8 rows of threads split the partial results.
@@ -383,8 +393,15 @@ RowGatherArgs with_outputs(const BackwardArgs& args, const Visits& visits, const
 
 void gather_rows(const BackwardArgs& args, const Visits& visits, const Gradients& gradients, cudaStream_t stream) {
     const Scan& s = args.scan;
-    const int64_t blocks = s.batch * blocks_for(s.length * s.directions * (s.rank + 2 * s.states));
-    launch(gather_rows_kernel, blocks, kThreads, 0, stream, with_outputs(args, visits, gradients));
+    const int64_t blocks_each = blocks_for(s.length * s.directions * (s.rank + 2 * s.states));
+    const auto run = [&](auto images) {
+        constexpr int kImages = decltype(images)::value;
+        launch(gather_rows_kernel<kImages>, ceil_div(s.batch, kImages) * blocks_each, kThreads, 0, stream,
+               with_outputs(args, visits, gradients));
+    };
+    // Few images of many positions fill the GPU better one by one.
+    if (visits.per_image || s.batch < 16) return run(std::integral_constant<int, 1>{});
+    run(std::integral_constant<int, 4>{});
 }
 
 void reduce_params(const BackwardArgs& args, const Gradients& gradients, cudaStream_t stream) {

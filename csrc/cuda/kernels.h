@@ -57,6 +57,7 @@ struct BackwardArgs {
     const void* grad = nullptr;
     Scalar grad_dtype = Scalar::f32;
     const float* checkpoints = nullptr;
+    bool rows_in_pairs = false;    // of 16-bit numbers (plan.h)
     const float* carry = nullptr;  // gradient that arrives behind every chunk, or null for zero
     float* carry_out = nullptr;    // summary
     float* decay = nullptr;        // summary

@@ -191,13 +191,14 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
     }
 }
 
-// Sums the blocks' rows of (2, channels): 32 columns a block, in eight interleaved parts that are added in order.
-constexpr int kSumParts = 8;
+// Sums the blocks' rows of (2, channels): 32 columns a block, in 32 interleaved parts that are added in order.
+constexpr int kSumParts = 32;
 __global__ void sum_partials(const float* partial, int blocks, int channels, float* dweight, float* dbias) {
     __shared__ float parts[kSumParts][kWarp];
     const int column = blockIdx.x * kWarp + threadIdx.x;
     float total = 0.0f;
     if (column < 2 * channels)
+#pragma unroll 8
         for (int block = threadIdx.y; block < blocks; block += kSumParts)
             total += partial[int64_t(block) * 2 * channels + column];
     parts[threadIdx.y][threadIdx.x] = total;

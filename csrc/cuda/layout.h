@@ -24,13 +24,19 @@ struct ForwardShared {
           bytes((delta + kPageSteps * delta_stride(tile)) * 4) {}
 };
 
+// The same in 16-bit numbers: 16 features make an operand, and rows of 8 features that are loaded together lie in
+// different banks.
+__host__ __device__ constexpr int packed_columns(int rank) { return (rank + 15) / 16 * 16; }
+__host__ __device__ constexpr int packed_stride(int rank) { return packed_columns(rank) + 8; }
+
+// packed: rows in bfloat16, weights in two of them, a high and a low part.
 struct BackwardShared {
     int64_t low, gains, weights, delta, sums, bytes;
-    __host__ __device__ constexpr BackwardShared(int rank, int tile)
+    __host__ __device__ constexpr BackwardShared(int rank, int tile, bool packed)
         : low(3 * kPageSteps),
-          gains(low + (rank ? kPageSteps * rank_stride(rank) : 0)),
+          gains(low + (rank == 0 ? 0 : kPageSteps * (packed ? packed_stride(rank) / 2 : rank_stride(rank)))),
           weights(gains + kPageSteps * 2),
-          delta(weights + (rank ? tile * rank_stride(rank) : 0)),
+          delta(weights + (rank == 0 ? 0 : tile * (packed ? packed_stride(rank) : rank_stride(rank)))),
           sums(delta + kPageSteps * delta_stride(tile)),
           bytes((sums + tile / 32 * kPageSteps * 2) * 4) {}
 };

@@ -71,8 +71,8 @@ inline Cut cut(const Scan& scan, int tile, int lanes_per_channel, const Fill& fi
 constexpr int forward_tile(int64_t channels, int rank, int group, int64_t limit) {
     return fitting_tile(channels, 128, limit, [=](int tile) { return ForwardShared(rank, group, tile); });
 }
-constexpr int backward_tile(int64_t channels, int rank, int64_t limit) {
-    return fitting_tile(channels, 192, limit, [=](int tile) { return BackwardShared(rank, tile); });
+constexpr int backward_tile(int64_t channels, int rank, bool packed, int64_t limit) {
+    return fitting_tile(channels, 192, limit, [=](int tile) { return BackwardShared(rank, tile, packed); });
 }
 
 // The least shared memory a block can have on the GPUs we build for, and the largest rank: together they fit.
@@ -80,9 +80,12 @@ constexpr int64_t kLeastShared = 99 * 1024;
 constexpr int kMostRank = 128;
 static_assert(ForwardShared(kMostRank, kWideGroup, forward_tile(2048, kMostRank, kWideGroup, kLeastShared)).bytes <=
               kLeastShared);
-static_assert(BackwardShared(kMostRank, backward_tile(2048, kMostRank, kLeastShared)).bytes <= kLeastShared);
-static_assert(BackwardShared(48, backward_tile(768, 48, kLeastShared)).bytes <= kLeastShared);
-static_assert(BackwardShared(64, backward_tile(1024, 64, kLeastShared)).bytes <= kLeastShared);
+constexpr bool backward_fits(int64_t channels, int rank, bool packed) {
+    return BackwardShared(rank, backward_tile(channels, rank, packed, kLeastShared), packed).bytes <= kLeastShared;
+}
+static_assert(backward_fits(2048, kMostRank, true) && backward_fits(2048, kMostRank, false));
+static_assert(backward_fits(768, 48, true) && backward_fits(768, 48, false));
+static_assert(backward_fits(1024, 64, true) && backward_fits(1024, 64, false));
 
 // A summary pass costs about as much as the scan itself, except before the backward of many states: a fifth there.
 // limit: bytes of shared memory a block can have. wide_tile: channels of a block of many states, at most.
@@ -91,10 +94,12 @@ inline Cut forward_cut(const Scan& scan, int64_t limit) {
         forward_tile(std::max<int64_t>(scan.channels, 1), static_cast<int>(scan.rank), group_of(scan), limit);
     return cut(scan, tile, 1, {132 * 20 / 3, 132 * 20});
 }
+inline bool packed(const Scan& scan) { return scan.dtype == Scalar::bf16; }
 inline Cut backward_cut(const Scan& scan, int64_t limit, int wide_tile) {
     const int64_t channels = std::max<int64_t>(scan.channels, 1);
     if (scan.states == 1)
-        return cut(scan, backward_tile(channels, static_cast<int>(scan.rank), limit), 1, {132 * 16 / 3, 132 * 16});
+        return cut(scan, backward_tile(channels, static_cast<int>(scan.rank), packed(scan), limit), 1,
+                   {132 * 16 / 3, 132 * 16});
     return cut(scan, balanced_tile(channels, wide_tile, 16), 4, {132 * 16 / 2, 132 * 16 * 4});
 }
 
@@ -126,22 +131,29 @@ inline int64_t fused_padded_steps(const Scan& s) {
 // block with their low halves.
 inline int fused_blocks(int64_t rank) { return fused_small(rank) ? 0 : rank + 2 <= 16 ? 1 : rank + 2 <= 32 ? 2 : 4; }
 
-// Whether the fused forward takes this scan: one state, 16-bit inputs, one table, dt, B and C side by side in one row
-// as models make them, and a map whose result for 16 channels fits in shared memory.
-inline bool fused_takes(const Scan& s, int64_t shared_bytes) {
+// Whether 16-bit numbers can be read two at a time from even features on.
+inline bool in_pairs(const Rows& rows) {
+    return reinterpret_cast<uintptr_t>(rows.data) % 4 == 0 && rows.image_stride % 2 == 0 &&
+           rows.direction_stride % 2 == 0 && rows.position_stride % 2 == 0;
+}
+
+// Whether low-rank steps, B and C of one state stand side by side in rows of 16-bit numbers, as models make them, that
+// can be read in pairs, by a warp at most.
+inline bool rows_in_pairs(const Scan& s) {
     const auto at = [](const Rows& rows) { return reinterpret_cast<uintptr_t>(rows.data); };
     const auto same_strides = [](const Rows& a, const Rows& b) {
         return a.image_stride == b.image_stride && a.direction_stride == b.direction_stride &&
                a.position_stride == b.position_stride;
     };
-    const auto in_pairs = [&](const Rows& rows) {
-        return at(rows) % 4 == 0 && rows.image_stride % 2 == 0 && rows.direction_stride % 2 == 0 &&
-               rows.position_stride % 2 == 0;
-    };
-    const bool packed = at(s.B) == at(s.dt) + 2 * s.rank && at(s.C) == at(s.B) + 2 && same_strides(s.dt, s.B) &&
-                        same_strides(s.dt, s.C);
-    return s.result == Result::merged && s.states == 1 && s.dtype != Scalar::f32 && s.dt_softplus && s.rank > 0 &&
-           s.rank % 2 == 0 && s.rank + 2 <= 64 && s.channels % 16 == 0 && packed && in_pairs(s.dt) && in_pairs(s.u) &&
+    return s.states == 1 && s.dtype != Scalar::f32 && s.rank > 0 && s.rank % 2 == 0 && s.rank + 2 <= 64 &&
+           at(s.B) == at(s.dt) + 2 * s.rank && at(s.C) == at(s.B) + 2 && same_strides(s.dt, s.B) &&
+           same_strides(s.dt, s.C) && in_pairs(s.dt);
+}
+
+// Whether the fused forward takes this scan: one state, 16-bit inputs, one table, rows in pairs, and a map whose result
+// for 16 channels fits in shared memory.
+inline bool fused_takes(const Scan& s, int64_t shared_bytes) {
+    return s.result == Result::merged && s.dt_softplus && s.channels % 16 == 0 && rows_in_pairs(s) && in_pairs(s.u) &&
            s.u.direction_stride == 0 && s.route.image_stride == 0 && s.param_route.data == s.route.data &&
            !s.reset.data && fused_shared_bytes(s.length) <= shared_bytes && s.steps > 0 && s.steps < (1 << 20);
 }

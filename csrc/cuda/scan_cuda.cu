@@ -278,6 +278,7 @@ void backward(const Scan& scan, const void* grad, Scalar grad_dtype, const float
     args.grad = grad;
     args.grad_dtype = grad_dtype;
     args.checkpoints = checkpoints;
+    args.rows_in_pairs = rows_in_pairs(scan);
     args.du = memory.du;
     args.ddt = memory.ddt;
     args.rows = memory.rows;
