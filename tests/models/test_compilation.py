@@ -22,6 +22,18 @@ def test_compiles_into_one_graph(name):
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-5, msg=key)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_everything_is_made_where_the_image_is(name):
+    def check(graph, _):
+        tensors = [node.meta.get("example_value") for node in graph.graph.nodes]
+        made = {tensor.device.type for tensor in tensors if isinstance(tensor, torch.Tensor)}
+        assert made == {"meta"}  # a table made on the CPU would be copied to the GPU at every call
+        return graph.forward
+
+    model = seeded(name).to("meta")
+    torch.compile(model, fullgraph=True, backend=check)(image(2, 3, 64, 48).to("meta"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_compiles_with_inductor(name):
