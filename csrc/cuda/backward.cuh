@@ -41,8 +41,9 @@ __global__ void __launch_bounds__(192, 2) backward_kernel(const __grid_constant_
     extern __shared__ __align__(16) float shared[];
     const BackwardShared layout(rank, cut.tile, Page::kPacked);
     const Page own(shared, layout, rank, cut.tile);
-    const PageStore<typename Page::Low> page{reinterpret_cast<int*>(shared), reinterpret_cast<int*>(shared) + kPageSteps,
-                                             shared + 2 * kPageSteps, own.low, shared + layout.gains};
+    const PageStore<typename Page::Low> page{reinterpret_cast<int*>(shared),
+                                             reinterpret_cast<int*>(shared) + kPageSteps, shared + 2 * kPageSteps,
+                                             own.low, shared + layout.gains};
     float *delta = own.delta, *sums = shared + layout.sums;
     const int stride = own.stride;
     if (rank) {

@@ -1,6 +1,6 @@
 // What the one-state backward keeps of a page beside the tables: low-rank rows, the weights that expand them, steps and
-// then step gradients, and the tensor-core products of these. In float32 and float16 all are floats, multiplied in tf32;
-// in bfloat16 they are 16 bits wide, which takes a quarter of the instructions.
+// then step gradients, and the tensor-core products of these. In float32 and float16 all are floats, multiplied in
+// tf32; in bfloat16 they are 16 bits wide, which takes a quarter of the instructions.
 //
 // delta holds the steps of a page, a row of floats each; a thread has a column. keep() puts a step's gradients in their
 // place, two steps at a time.
@@ -145,7 +145,8 @@ class PackedPage {
                 const int place = at < all && word < words ? page.row_at[at >> bits] : -1;
                 value[i] = 0;
                 if (place >= 0)
-                    value[i] = __ldg(reinterpret_cast<const uint32_t*>(offset_by(rows.data, place, rows.stride)) + word);
+                    value[i] =
+                        __ldg(reinterpret_cast<const uint32_t*>(offset_by(rows.data, place, rows.stride)) + word);
             }
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
@@ -252,8 +253,8 @@ class PackedPage {
                 uint32_t b[4];
                 load_matrices<true>(b, b_row + t * row_);
                 const uint32_t a[4] = {near[0], near[8], far[0], far[8]};
-                mma_bf16(reinterpret_cast<float(&)[4]>(acc[0]), a[0], a[1], a[2], a[3], b[0], b[1]);
-                if (both) mma_bf16(reinterpret_cast<float(&)[4]>(acc[4]), a[0], a[1], a[2], a[3], b[2], b[3]);
+                mma_bf16(reinterpret_cast<float (&)[4]>(acc[0]), a[0], a[1], a[2], a[3], b[0], b[1]);
+                if (both) mma_bf16(reinterpret_cast<float (&)[4]>(acc[4]), a[0], a[1], a[2], a[3], b[2], b[3]);
             }
 #pragma unroll
             for (int i = 0; i < 8; ++i)

@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kWideWarps<Tile> * 32, 2 * kWideTile / Tile)
     extern __shared__ __align__(16) float shared[];
     using Shared = BackwardWideShared<Tile>;
     const PageStore<> page{reinterpret_cast<int*>(shared), reinterpret_cast<int*>(shared) + kPageSteps,
-                         shared + 2 * kPageSteps, shared + Shared::kLow, shared + Shared::kGains};
+                           shared + 2 * kPageSteps, shared + Shared::kLow, shared + Shared::kGains};
     float* weights = shared + Shared(rank).weights;
     float* steps = shared + Shared::kSteps;    // later the gradients of raw steps
     float* inputs = shared + Shared::kInputs;  // u times ln 2, later its gradient

@@ -318,8 +318,8 @@ __device__ void stage_positions(const PageStore<Low>& page, const Walk& walk, in
 }
 
 // Reads the rows of a page whose positions are staged: low-rank steps, B (times b_scale) and C as floats, zero where
-// nothing is read. C is also zero where the result is not written, which makes that result zero. Columns of `low` behind
-// the rank are cleared once, by clear_low. Low: float or T, in rows of low_stride.
+// nothing is read. C is also zero where the result is not written, which makes that result zero. Columns of `low`
+// behind the rank are cleared once, by clear_low. Low: float or T, in rows of low_stride.
 template <typename T, int Group, typename Low>
 __device__ void stage_rows(const PageStore<Low>& page, int low_stride, const Scan& s, int64_t image, int direction,
                            int first_state, float b_scale = 1.f) {

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
     extern __shared__ __align__(16) float shared[];
     const ForwardShared layout(static_cast<int>(s.rank), Group, cut.tile);
     const PageStore<> page{reinterpret_cast<int*>(shared), reinterpret_cast<int*>(shared) + kPageSteps,
-                         shared + 2 * kPageSteps, shared + layout.low, shared + layout.gains};
+                           shared + 2 * kPageSteps, shared + layout.low, shared + layout.gains};
     float* weights = shared + layout.weights;
     float* delta = shared + layout.delta;
     const int stride = delta_stride(cut.tile);

@@ -321,26 +321,41 @@ __global__ void __launch_bounds__(32 * fused_most_warps(Small), 1)
             *reinterpret_cast<float2*>(kept) = make_float2(start[0], start[1]);
         }
 
-        const auto add = [&](auto all) {
+        // Several steps together, of which no two may share a position: none waits for the one before.
+        const auto add = [&](auto all, auto together) {
+            constexpr int kTogether = decltype(together)::value;
 #pragma unroll
-            for (int i = 0; i < kLaneSteps; ++i) {
-                if (!decltype(all)::value && signed_half(places[i / 2], i % 2) < 0) continue;
-                float2* to = reinterpret_cast<float2*>(merged) + (unsigned_half(offsets[i / 2], i % 2) ^ g);
-                const float2 sum = *to;
-                *to = make_float2(fmaf(z[i][0], start[0], sum.x + y[i][0]), fmaf(z[i][1], start[1], sum.y + y[i][1]));
+            for (int begin = 0; begin < kLaneSteps; begin += kTogether) {
+                float2* to[kTogether];
+                float2 sum[kTogether];
+#pragma unroll
+                for (int i = 0; i < kTogether; ++i) {
+                    const int t = begin + i;
+                    to[i] = reinterpret_cast<float2*>(merged) + (unsigned_half(offsets[t / 2], t % 2) ^ g);
+                    if (decltype(all)::value || signed_half(places[t / 2], t % 2) >= 0) sum[i] = *to[i];
+                }
+#pragma unroll
+                for (int i = 0; i < kTogether; ++i) {
+                    const int t = begin + i;
+                    if (decltype(all)::value || signed_half(places[t / 2], t % 2) >= 0)
+                        *to[i] = make_float2(fmaf(z[t][0], start[0], sum[i].x + y[t][0]),
+                                             fmaf(z[t][1], start[1], sum[i].y + y[t][1]));
+                }
             }
         };
+        constexpr std::integral_constant<int, 1> one{};
+        constexpr std::integral_constant<int, Small ? 8 : Blocks <= 2 ? 2 : 1> several{};
         if (!(flags & kRevisits)) {
             if (whole) {
-                add(std::true_type{});
+                add(std::true_type{}, several);
             } else {
-                add(std::false_type{});
+                add(std::false_type{}, several);
             }
         } else {
             // Steps may share a position: one lane of each channel pair at a time, in the order of the steps.
             for (int w = 0; w < warps; ++w) {
                 for (int turn_of = 0; turn_of < 4; ++turn_of) {
-                    if (w == warp && q == turn_of) add(std::false_type{});
+                    if (w == warp && q == turn_of) add(std::false_type{}, one);
                     __syncwarp();
                 }
                 __syncthreads();
