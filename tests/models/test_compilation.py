@@ -1,10 +1,23 @@
 """The models under torch.compile, torch.export and torch.jit.trace."""
 
+import contextlib
+import re
+
 import pytest
 import torch
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
 from torch.export import Dim, export
 
-from tests.models.common import SMALL, image, seeded
+from tests.models.common import HIERARCHICAL, SMALL, image, seeded
+
+TENSOR = re.compile(r"\((\d+), (\d+), (\d+), \d+\), \(\d+, (\d+), \d+, \d+\)")  # size and strides, in generated code
+
+
+@pytest.fixture(autouse=True)
+def compiler():
+    """A compiler that has seen no other model: how often it compiles the same function is limited."""
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -41,6 +54,45 @@ def test_compiles_with_inductor(name):
     x = image(2, 3, 64, 48)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def generated_code(step) -> list[str]:
+    """What inductor generates for a training step, forward and backward; it is not compiled, nor run."""
+    programs = []
+
+    class Generated(Exception):
+        """Instead of running the program."""
+
+    def keep(graph):
+        programs.append(graph.codegen()[0].value)
+        return type("Program", (), {"call": stop})
+
+    def stop(*args):
+        raise Generated
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        inductor.patch(fx_graph_cache=False),
+        functorch.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True),
+        contextlib.suppress(Generated),
+    ):
+        patch.setattr("torch._inductor.graph.GraphLowering.compile_to_module", keep)
+        step()
+    return programs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*HIERARCHICAL, "test_plainmamba"])
+def test_no_map_is_transposed(name):
+    batch, height, width = 2, 72, 104  # whose maps have no side that is also a number of channels
+    options = {"img_size": (height, width)} if name == "test_plainmamba" else {}
+    model = seeded(name, drop_path_rate=0.1, **options).train()
+    programs = generated_code(lambda: torch.compile(model, fullgraph=True)(image(batch, 3, height, width)))
+    assert len(programs) == 2
+    sizes = {(-(-height // step), -(-width // step)) for step in (2, 4, 8, 16, 32)}
+    tensors = [tuple(map(int, found)) for program in programs for found in TENSOR.findall(program)]
+    maps = [(rows, columns, stride) for count, rows, columns, stride in tensors if count == batch]
+    assert not [size for *size, stride in maps if tuple(size) in sizes and stride == 1], "a map with its rows innermost"
 
 
 @pytest.mark.parametrize("name", SMALL)

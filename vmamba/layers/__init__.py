@@ -4,6 +4,7 @@ from vmamba.layers.block import PositionalBlock, PreNormBlock
 from vmamba.layers.conv import Conv2dNHWC, ConvNormAct, DepthwiseConv2d
 from vmamba.layers.downsample import ConvDownsample, InvertedDownsample, PatchMerging
 from vmamba.layers.init import init_weights
+from vmamba.layers.mlp import Mlp
 from vmamba.layers.norm import BranchNorm, LayerNorm, ScanNorm
 from vmamba.layers.ss2d import SS2D, GatedSS2D
 from vmamba.layers.ssm import SelectiveSSM, dt_rank
@@ -20,6 +21,7 @@ __all__ = [
     "GatedSS2D",
     "InvertedDownsample",
     "LayerNorm",
+    "Mlp",
     "PatchMerging",
     "PatchStem",
     "PositionalBlock",

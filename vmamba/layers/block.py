@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vmamba.layers.conv import DepthwiseConv2d
 from vmamba.layers.norm import BranchNorm
+from vmamba.ops.positions import by_position
 
 
 class PreNormBlock(nn.Module):
@@ -41,18 +42,18 @@ class PreNormBlock(nn.Module):
 
     def mix_positions(self, x: Tensor) -> Tensor:
         """The first branch, added to its input."""
-        return x + self.drop_path(self.mixer(self.norm1(x)))
+        return by_position(torch.add, x, self.drop_path(self.mixer(self.norm1(x))))
 
     def mix_channels(self, x: Tensor) -> Tensor:
         """The second branch, added to its input."""
-        return x if self.mlp is None else x + self.drop_path(self.mlp(self.norm2(x)))
+        return x if self.mlp is None else by_position(torch.add, x, self.drop_path(self.mlp(self.norm2(x))))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mlp is None:
             return self.mix_positions(x)
         # mix_channels(mix_positions(x)), with the first addition and the second norm in one pass.
         x, normed = self.norm2(x, self.drop_path(self.mixer(self.norm1(x))))
-        return x + self.drop_path(self.mlp(normed))
+        return by_position(torch.add, x, self.drop_path(self.mlp(normed)))
 
 
 class PositionalBlock(PreNormBlock):

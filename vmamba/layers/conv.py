@@ -7,6 +7,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from vmamba.ops.depthwise_conv import Activation, depthwise_conv
+from vmamba.ops.positions import channels_first, channels_last
 
 
 class Conv2dNHWC(nn.Conv2d):
@@ -17,7 +18,7 @@ class Conv2dNHWC(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return channels_last(super().forward(channels_first(x)))
 
 
 @register_notrace_module  # how it computes depends on the device

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vmamba.layers.conv import Conv2dNHWC, DepthwiseConv2d
 from vmamba.layers.norm import BranchNorm, LayerNorm
+from vmamba.ops.positions import by_position, channels_first, channels_last
 
 
 class PatchMerging(nn.Module):
@@ -34,7 +35,7 @@ class PatchMerging(nn.Module):
         rows, columns = (height + 1) // 2, (width + 1) // 2
         x = F.pad(x, (0, 0, 0, 2 * columns - width, 0, 2 * rows - height))
         x = x.reshape(batch, rows, 2, columns, 2, dim).permute(0, 1, 3, 4, 2, 5).flatten(3)
-        return self.reduction(self.norm(x))
+        return by_position(self.reduction, self.norm(x))
 
 
 class ConvDownsample(nn.Module):
@@ -79,7 +80,7 @@ class InvertedDownsample(nn.Module):
         self.act = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.expand(x.permute(0, 3, 1, 2)))
-        x = self.conv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.act(self.expand(channels_first(x)))
+        x = channels_first(self.conv(channels_last(x)))
         x = self.project(self.act(x))
-        return self.norm(x).permute(0, 2, 3, 1)
+        return channels_last(self.norm(x))

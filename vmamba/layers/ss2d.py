@@ -10,6 +10,7 @@ from vmamba.layers.conv import DepthwiseConv2d
 from vmamba.layers.norm import ScanNorm
 from vmamba.layers.ssm import SelectiveSSM, dt_rank
 from vmamba.ops import get_route
+from vmamba.ops.positions import by_position
 
 
 class SS2D(nn.Module):
@@ -54,7 +55,7 @@ class SS2D(nn.Module):
         return self.out_norm(y.unflatten(1, (height, width)), u.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(self.scan(self.in_proj(x)))
+        return by_position(self.out_proj, self.scan(by_position(self.in_proj, x)))
 
 
 class GatedSS2D(SS2D):
@@ -64,5 +65,5 @@ class GatedSS2D(SS2D):
     conv_bias = True
 
     def forward(self, x: Tensor) -> Tensor:
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(self.scan(x) * F.silu(z))
+        x, z = by_position(lambda x: self.in_proj(x).chunk(2, dim=-1), x)
+        return by_position(lambda y, z: self.out_proj(y * F.silu(z)), self.scan(x), z)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vmamba.layers.conv import Conv2dNHWC, ConvNormAct
 from vmamba.layers.norm import BranchNorm, LayerNorm
+from vmamba.ops.positions import by_position, channels_last
 
 
 def to_nhwc(image: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ class ConvStem(nn.Module):
         self.norm2 = LayerNorm(dim, **dd)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = self.act(self.norm1(self.conv1(to_nhwc(image))))
+        x = by_position(self.act, self.norm1(self.conv1(to_nhwc(image))))
         return self.norm2(self.conv2(x))
 
 
@@ -96,4 +97,4 @@ class ResidualConvStem(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = self.conv1(image.contiguous(memory_format=torch.channels_last))
         x = x + self.conv2(x)
-        return self.conv3(x).permute(0, 2, 3, 1)
+        return channels_last(self.conv3(x))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vmamba.models._backbone import Backbone
 from vmamba.models._checkpoint import CheckpointError, StateDict
+from vmamba.ops.positions import by_position
 
 FORMATS = ("NCHW", "NHWC", "NLC")
 """Layouts of intermediate maps."""
@@ -86,7 +87,7 @@ class PlainBackbone(Backbone):
     def embed(self, x: Tensor) -> Tensor:
         """Images (batch, C, H, W) to the map of patches with their positions, (batch, height, width, dim)."""
         x = self.stem(x)
-        return x + resize_pos_embed(self.pos_embed, x.shape[1], x.shape[2])
+        return by_position(torch.add, x, resize_pos_embed(self.pos_embed, x.shape[1], x.shape[2]))
 
     def enter(self, x: Tensor) -> Any:
         """What the first block takes, from the map of patches; the map itself unless a family says otherwise."""
@@ -94,7 +95,7 @@ class PlainBackbone(Backbone):
 
     def leave(self, state: Any) -> Tensor:
         """What :meth:`forward_features` returns, from what the last block returns."""
-        return self.norm(state)
+        return by_position(self.norm, state)
 
     def run_blocks(self, blocks: Iterable[nn.Module], state: Any) -> Any:
         """What the last of ``blocks`` returns, from what the first takes; with activation checkpointing if it is on."""

@@ -23,6 +23,7 @@ from vmamba.models._builder import build_model, imagenet_cfg, published_cfgs, pu
 from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
 from vmamba.ops import DECAY_ONLY, register_route
+from vmamba.ops.positions import by_position, channels_first, channels_last
 
 __all__ = ["EfficientVMamba"]  # timm adds the entry points
 
@@ -60,8 +61,8 @@ class ChannelGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # The norm is per position: it does not commute with the average.
-        average = self.norm(x).mean((1, 2), keepdim=True)
-        return x * self.expand(self.act(self.reduce(average))).sigmoid()
+        average = by_position(self.norm, x).mean((1, 2), keepdim=True)
+        return by_position(torch.mul, x, self.expand(self.act(self.reduce(average))).sigmoid())
 
 
 class ConvBranch(nn.Module):
@@ -76,8 +77,8 @@ class ConvBranch(nn.Module):
         self.conv_pw = nn.Conv2d(dim, dim, kernel_size=1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_dw(x).permute(0, 3, 1, 2)
-        return self.conv_pw(self.act(self.norm(x))).permute(0, 2, 3, 1)
+        x = channels_first(self.conv_dw(x))
+        return channels_last(self.conv_pw(self.act(self.norm(x))))
 
 
 class EVSSBlock(nn.Module):
@@ -110,9 +111,10 @@ class EVSSBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        shared = self.norm(x)
+        shared = by_position(self.norm, x)
         # One gate, two calls: each branch is scaled by its own average.
-        return x + self.drop_path(self.gate(self.mixer(shared)) + self.gate(self.conv_branch(shared)))
+        scanned, convolved = self.gate(self.mixer(shared)), self.gate(self.conv_branch(shared))
+        return by_position(lambda x, *branches: x + self.drop_path(torch.add(*branches)), x, scanned, convolved)
 
 
 @register_notrace_module
@@ -120,7 +122,7 @@ class ChannelsFirstDepthwiseConv(DepthwiseConv2d):
     """:class:`DepthwiseConv2d` of maps (batch, dim, height, width) that lie channels last in memory."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return channels_first(super().forward(channels_last(x)))
 
 
 class InvertedResidual(TimmInvertedResidual):
@@ -145,7 +147,7 @@ class InvertedResidual(TimmInvertedResidual):
         self.conv_dw = ChannelsFirstDepthwiseConv(self.conv_dw.in_channels, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return channels_last(super().forward(channels_first(x)))
 
 
 class EfficientVMamba(HierarchicalBackbone):

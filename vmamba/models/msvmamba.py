@@ -47,6 +47,7 @@ from vmamba.models._builder import build_model, imagenet_cfg, published_cfgs, pu
 from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
 from vmamba.ops import get_route, register_route
+from vmamba.ops.positions import by_position, channels_first, channels_last
 from vmamba.ops.routes import columns, raster, reverse
 from vmamba.ops.selective_scan import Result
 
@@ -141,7 +142,7 @@ class PassNormedScan(MultiScaleScan):
         full = self.out_norm(full, x.dtype).unflatten(1, size)
         # Normalised in scan order: a LayerNorm of channels does not mind where a position lies.
         low = _sum_passes(self.out_norm(passes.squeeze(1), x.dtype), low_size)
-        return full + _resize(low, size, mode="bilinear")
+        return by_position(torch.add, full, _resize(low, size, mode="bilinear"))
 
 
 class SumNormedScan(MultiScaleScan):
@@ -153,7 +154,8 @@ class SumNormedScan(MultiScaleScan):
         """(batch, height, width, dim) to the same shape and dtype."""
         full, size = self.full(x)
         low, low_size = self.low(x)
-        y = full.unflatten(1, size) + _resize(low.unflatten(1, low_size), size, mode="nearest")
+        low = _resize(low.unflatten(1, low_size), size, mode="nearest")
+        y = by_position(torch.add, full.unflatten(1, size), low)
         return self.out_norm(y, x.dtype)
 
 
@@ -168,7 +170,7 @@ def _sum_passes(steps: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _resize(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """A map (batch, h, w, dim) interpolated to a size: not to twice its own, which an odd map would not have."""
-    return F.interpolate(x.permute(0, 3, 1, 2), size=size, mode=mode).permute(0, 2, 3, 1)
+    return channels_last(F.interpolate(channels_first(x), size=size, mode=mode))
 
 
 class SqueezeExcite(nn.Module):
@@ -183,7 +185,7 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         average = x.mean((1, 2), keepdim=True)
-        return x * self.expand(self.act(self.reduce(average))).sigmoid()
+        return by_position(torch.mul, x, self.expand(self.act(self.reduce(average))).sigmoid())
 
 
 class MS2D(nn.Module):
@@ -216,7 +218,7 @@ class MS2D(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(self.se(self.scan(self.in_proj(x))))
+        return by_position(self.out_proj, self.se(self.scan(by_position(self.in_proj, x))))
 
 
 class GatedMS2D(MS2D):
@@ -225,8 +227,8 @@ class GatedMS2D(MS2D):
     streams = 2  # what is scanned, and its gate
 
     def forward(self, x: Tensor) -> Tensor:
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(self.se(self.scan(x)) * F.silu(z))
+        x, z = by_position(lambda x: self.in_proj(x).chunk(2, dim=-1), x)
+        return by_position(lambda y, z: self.out_proj(y * F.silu(z)), self.se(self.scan(x)), z)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,7 +260,7 @@ class ConvFFN(nn.Module):
         self.fc2.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.conv(self.fc1(x))))
+        return by_position(lambda hidden: self.fc2(self.act(hidden)), self.conv(by_position(self.fc1, x)))
 
 
 class PostNormFFNBlock(PreNormBlock):
@@ -283,7 +285,7 @@ class PostNormFFNBlock(PreNormBlock):
     def forward(self, x: Tensor) -> Tensor:
         assert self.mlp is not None
         x = self.mix_positions(x)
-        return x + self.drop_path(self.norm2(self.mlp(x)))
+        return by_position(torch.add, x, self.drop_path(self.norm2(self.mlp(x))))
 
 
 class MSVMamba(HierarchicalBackbone):

@@ -25,6 +25,7 @@ from vmamba.models._builder import build_model, imagenet_cfg, published_cfgs, pu
 from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._plain import PlainBackbone, fit_pos_embed, square_map
 from vmamba.ops import get_route, grid_table, register_route, reverse, selective_scan
+from vmamba.ops.positions import by_position, channels_first, channels_last
 from vmamba.ops.routes import raster
 
 __all__ = ["PlainMamba"]  # timm adds the entry points
@@ -128,10 +129,10 @@ class SnakeMixer(nn.Module):
         return y.unflatten(1, (height, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x, z = by_position(lambda x: self.in_proj(x).chunk(2, dim=-1), x)
         y = self.scan(self.conv(x))
         # The gate acts in the scan's float32: no norm follows that would bring large sums back into float16's range.
-        return self.out_proj((y * self.act(z)).to(z.dtype))
+        return by_position(lambda y, z: self.out_proj((y * self.act(z)).to(z.dtype)), y, z)
 
 
 class ConvTailBlock(PreNormBlock):
@@ -157,7 +158,7 @@ class ConvTailBlock(PreNormBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
-        return self.tail(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return channels_last(self.tail(channels_first(x)))
 
 
 class ConvPatchStem(nn.Module):
@@ -205,7 +206,7 @@ class ConvPatchStem(nn.Module):
         height, width = x.shape[2], x.shape[3]
         below = self._patches(height) * self.patch_size - height
         right = self._patches(width) * self.patch_size - width
-        return self.proj(F.pad(x, (0, right, 0, below))).permute(0, 2, 3, 1)
+        return channels_last(self.proj(F.pad(x, (0, right, 0, below))))
 
 
 class PlainMamba(PlainBackbone):

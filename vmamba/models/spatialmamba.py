@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Mlp
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from vmamba.layers import (
     DepthwiseConv2d,
     InvertedDownsample,
+    Mlp,
     PositionalBlock,
     ResidualConvStem,
     ScanNorm,
@@ -32,6 +32,7 @@ from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
 from vmamba.models._vmamba_layout import is_published
 from vmamba.ops import depthwise_conv, get_route, selective_scan
+from vmamba.ops.positions import by_position
 
 __all__ = ["SpatialMamba"]  # timm adds the entry points
 
@@ -71,7 +72,7 @@ class StateFusion(nn.Module):
                 depthwise_conv(states, kernel, padding=dilation, dilation=dilation, padding_mode="replicate")
                 for kernel, dilation in zip(kernels.split(1, dim=1), DILATIONS, strict=True)
             ]
-        return scales[0] + scales[1] + scales[2]
+        return by_position(lambda *scales: scales[0] + scales[1] + scales[2], *scales)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
@@ -108,7 +109,8 @@ class StructureAwareSSM(SelectiveSSM):
         )
         fused = self.fusion(states.flatten(1, 2).squeeze(-1).unflatten(1, size))
         # C observes the fused state, the skip passes the input by.
-        return C.squeeze(-1).unflatten(1, size) * fused + self.D * u
+        C = C.squeeze(-1).unflatten(1, size)
+        return by_position(lambda C, fused, u: C * fused + self.D * u, C, fused, u)
 
 
 class SASSM(nn.Module):
@@ -139,10 +141,10 @@ class SASSM(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x, z = by_position(lambda x: self.in_proj(x).chunk(2, dim=-1), x)
         u = self.conv(x)
         y = self.out_norm(self.ssm(u), u.dtype)
-        return self.out_proj(y * self.act(z))
+        return by_position(lambda y, z: self.out_proj(y * self.act(z)), y, z)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,11 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
-from vmamba.layers import SS2D, ConvDownsample, ConvStem, GatedSS2D, PatchMerging, PatchStem, PreNormBlock
+from vmamba.layers import SS2D, ConvDownsample, ConvStem, GatedSS2D, Mlp, PatchMerging, PatchStem, PreNormBlock
 from vmamba.models import _vmamba_layout
 from vmamba.models._builder import build_model, imagenet_cfg, published_cfgs, published_top1
 from vmamba.models._checkpoint import rename, unwrap

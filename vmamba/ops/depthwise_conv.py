@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from vmamba.ops import schema
 from vmamba.ops.autocast import autocast_dtype
 from vmamba.ops.eager import differentiable
+from vmamba.ops.positions import by_position, channels_first, channels_last
 from vmamba.ops.registration import LIBRARY
 
 Activation = Literal["silu"]
@@ -131,8 +132,8 @@ def by_torch(x, weight, bias, stride, padding, dilation, replicate, residual, si
         y = _both_ways(x, weight, bias, padding)
     else:
         y = _one_way(x, weight, bias, stride, padding, dilation, replicate)
-    y = x + y if residual else y
-    return F.silu(y) if silu else y
+    y = by_position(torch.add, x, y) if residual else y
+    return by_position(F.silu, y) if silu else y
 
 
 def _one_way(x, weight, bias, stride, padding, dilation, replicate) -> Tensor:
@@ -143,8 +144,7 @@ def _one_way(x, weight, bias, stride, padding, dilation, replicate) -> Tensor:
         x, padding = F.pad(x, (0, 0, left, right, top, bottom)), (0, 0, 0, 0)
     if autocast_dtype(x) is None:
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    map_ = x.permute(0, 3, 1, 2)
-    return F.conv2d(map_, weight, bias, stride, padding[::2], dilation, x.shape[-1]).permute(0, 2, 3, 1)
+    return channels_last(F.conv2d(channels_first(x), weight, bias, stride, padding[::2], dilation, x.shape[-1]))
 
 
 def _both_ways(x, weight, bias, padding) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from vmamba.ops import extension, schema
 from vmamba.ops.autocast import autocast_dtype
 from vmamba.ops.eager import differentiable
+from vmamba.ops.positions import by_position
 from vmamba.ops.registration import LIBRARY
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +37,10 @@ def layer_norm(
     Returns:
         The normalised, scaled and shifted rows, of the shape of ``x``.
     """
-    out_dtype = out_dtype or x.dtype
+    return by_position(lambda x: _layer_norm(x, weight, bias, eps, out_dtype or x.dtype), x)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     training = _asks_for_gradients(x, weight, bias)
     if _has_kernel(x, out_dtype, training):
         weight, bias = weight.float(), bias.float()
@@ -64,6 +68,10 @@ def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps:
         The sum, in the dtype of ``x``, and :func:`layer_norm` of it in the dtype that a linear layer wants: autocast's
         under autocast, else that of ``x``.
     """
+    return by_position(lambda x, branch: _add_layer_norm(x, branch, weight, bias, eps), x, branch)
+
+
+def _add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     out_dtype = autocast_dtype(x) or x.dtype
     training = _asks_for_gradients(x, branch, weight, bias)
     if branch.dtype == out_dtype and _has_kernel(x, out_dtype, training):
@@ -73,7 +81,7 @@ def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps:
         total, normed, *_ = fused(x, branch, weight, bias, eps, out_dtype)
         return total, normed
     total = x + branch
-    return total, layer_norm(total, weight, bias, eps, out_dtype)
+    return total, _layer_norm(total, weight, bias, eps, out_dtype)
 
 
 def _asks_for_gradients(*tensors: Tensor) -> bool:
