@@ -410,19 +410,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(Tensor grad_s
 }
 
 // A convolution's arguments, checked, and what describes them. Tensors that had to be made contiguous live in here.
+// Maps and results are flattened: (batch, height * width, channels), and the latter with two directions
+// (batch, 2, out_height * out_width, channels).
 class ConvArguments {
   public:
-    ConvArguments(const Tensor& given, const Tensor& given_weight, const OptionalTensor& given_bias,
-                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                  const std::vector<int64_t>& dilation, bool replicate, bool residual, bool silu)
-        : x(given.dim() == 4 && given.stride(3) == 1 ? given : dense(given)), weight(dense(given_weight)) {
-        STD_TORCH_CHECK(x.dim() == 4, "x must be (batch, height, width, channels)");
+    ConvArguments(const Tensor& given, const std::vector<int64_t>& size, const Tensor& given_weight,
+                  const OptionalTensor& given_bias, const std::vector<int64_t>& stride,
+                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, bool replicate,
+                  bool residual, bool silu)
+        : x(given.dim() == 3 && given.stride(2) == 1 ? given : dense(given)), weight(dense(given_weight)) {
+        STD_TORCH_CHECK(
+            x.dim() == 3 && size.size() == 2 && size[0] >= 0 && size[1] >= 0 && size[0] * size[1] == x.size(1),
+            "x must be (batch, height, width, channels), flattened to (batch, height * width, channels)");
         STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 4 && dilation.size() == 2,
                         "stride and dilation take two numbers, padding four");
         STD_TORCH_CHECK(stride[0] > 0 && stride[1] > 0 && dilation[0] > 0 && dilation[1] > 0 && padding[0] >= 0 &&
                             padding[1] >= 0 && padding[2] >= 0 && padding[3] >= 0,
                         "stride and dilation must be positive, padding not negative");
-        const int64_t dims = weight.dim(), channels = x.size(3);
+        const int64_t dims = weight.dim(), channels = x.size(2);
         check_device(weight, "weight", x, "x");
         STD_TORCH_CHECK((dims == 4 || (dims == 5 && weight.size(0) == 2)) && weight.size(dims - 4) == channels &&
                             weight.size(dims - 3) == 1,
@@ -444,11 +449,11 @@ class ConvArguments {
         }
         conv.x = x.const_data_ptr();
         conv.image_stride = x.stride(0);
-        conv.row_stride = x.stride(1);
-        conv.column_stride = x.stride(2);
+        conv.column_stride = x.size(1) == 1 ? channels : x.stride(1);  // of one position torch may have any
+        conv.row_stride = size[1] * conv.column_stride;
         conv.batch = x.size(0);
-        conv.height = x.size(1);
-        conv.width = x.size(2);
+        conv.height = size[0];
+        conv.width = size[1];
         conv.channels = channels;
         conv.stride_height = static_cast<int>(stride[0]);
         conv.stride_width = static_cast<int>(stride[1]);
@@ -471,7 +476,6 @@ class ConvArguments {
             !residual || (unit && conv.directions == 1 && centred(conv.kernel_height, 0, padding, dilation) &&
                           centred(conv.kernel_width, 1, padding, dilation)),
             "a residual convolution must keep the map's size and look the same distance each way");
-        if (conv.width == 1) conv.column_stride = channels;  // any number would do, and torch may have any
         STD_TORCH_CHECK(conv.column_stride < cuda::kMostColumnStride && channels < cuda::kMostColumnStride,
                         "columns of fewer than ", cuda::kMostColumnStride, " elements are served");
         STD_TORCH_CHECK(conv.batch * std::max(conv.height * conv.width, conv.out_height * conv.out_width) < (1LL << 31),
@@ -479,8 +483,9 @@ class ConvArguments {
     }
 
     std::vector<int64_t> output_sizes() const {
-        if (conv.directions == 1) return {conv.batch, conv.out_height, conv.out_width, conv.channels};
-        return {conv.batch, conv.directions, conv.out_height, conv.out_width, conv.channels};
+        const int64_t positions = conv.out_height * conv.out_width;
+        if (conv.directions == 1) return {conv.batch, positions, conv.channels};
+        return {conv.batch, conv.directions, positions, conv.channels};
     }
 
     DepthwiseConv conv;
@@ -495,20 +500,21 @@ class ConvArguments {
     }
 };
 
-Tensor depthwise_conv(Tensor x, Tensor weight, OptionalTensor bias, std::vector<int64_t> stride,
-                      std::vector<int64_t> padding, std::vector<int64_t> dilation, bool replicate, bool residual,
-                      bool silu) {
-    const ConvArguments arguments(x, weight, bias, stride, padding, dilation, replicate, residual, silu);
+Tensor depthwise_conv(Tensor x, std::vector<int64_t> size, Tensor weight, OptionalTensor bias,
+                      std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                      bool replicate, bool residual, bool silu) {
+    const ConvArguments arguments(x, size, weight, bias, stride, padding, dilation, replicate, residual, silu);
     Tensor y = new_tensor(x, arguments.output_sizes(), x.scalar_type());
     cuda::depthwise_conv_forward(arguments.conv, y.mutable_data_ptr(), x.get_device_index());
     return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> depthwise_conv_backward(Tensor grad, Tensor x, Tensor weight, OptionalTensor bias,
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv_backward(Tensor grad, Tensor x, std::vector<int64_t> size,
+                                                           Tensor weight, OptionalTensor bias,
                                                            std::vector<int64_t> stride, std::vector<int64_t> padding,
                                                            std::vector<int64_t> dilation, bool replicate, bool residual,
                                                            bool silu) {
-    const ConvArguments arguments(x, weight, bias, stride, padding, dilation, replicate, residual, silu);
+    const ConvArguments arguments(x, size, weight, bias, stride, padding, dilation, replicate, residual, silu);
     const DepthwiseConv& conv = arguments.conv;
     check_device(grad, "grad", x, "x");
     STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && same_sizes(grad, arguments.output_sizes()),
@@ -516,8 +522,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv_backward(Tensor grad, Tensor x
     const int64_t dims = grad.dim();
     const bool served = grad.stride(dims - 1) == 1 && grad.stride(dims - 2) < cuda::kMostColumnStride;
     const Tensor dy = served ? grad : dense(grad);
-    const cuda::ConvGrad dy_rows{dy.const_data_ptr(), dy.stride(0), dims == 5 ? dy.stride(1) : 0, dy.stride(dims - 3),
-                                 dy.stride(dims - 2)};
+    const cuda::ConvGrad dy_rows{dy.const_data_ptr(), dy.stride(0), dims == 4 ? dy.stride(1) : 0,
+                                 conv.out_width * dy.stride(dims - 2), dy.stride(dims - 2)};
     Tensor dz = new_tensor(x, silu ? arguments.output_sizes() : std::vector<int64_t>{0}, x.scalar_type());
     Tensor dx = new_tensor(x, sizes_of(x), x.scalar_type());
     Tensor dweight = gradient_for(weight, weight), dbias = gradient_for(bias, weight);

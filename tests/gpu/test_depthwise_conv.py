@@ -156,7 +156,9 @@ def test_an_empty_batch():
 @pytest.mark.parametrize("name", ["3x3 silu", "3x3 residual", "7x7 stride 2", "both ways"])
 def test_opcheck(name):
     leaves, options = make(name, torch.float32, batch=1)
-    y = depthwise_conv(*leaves, **options)
+    grad = torch.randn_like(depthwise_conv(*leaves, **options)).flatten(-3, -2)
+    (x, *parameters), size = leaves, leaves[0].shape[1:3]
+    x = x.detach().flatten(1, 2).requires_grad_()
     given = (
         [options.get("stride", 1)] * 2,
         [0, 0, 3, 0] if name == "both ways" else [options["padding"]] * 4,
@@ -165,10 +167,10 @@ def test_opcheck(name):
         options.get("residual", False),
         options.get("activation") == "silu",
     )
-    torch.library.opcheck(torch.ops.vmamba.depthwise_conv, (*leaves, *given))
-    detached = [leaf.detach() for leaf in leaves]
-    torch.library.opcheck(torch.ops.vmamba.depthwise_conv_forward, (*detached, *given))
-    torch.library.opcheck(torch.ops.vmamba.depthwise_conv_backward, (torch.randn_like(y), *detached, *given))
+    torch.library.opcheck(torch.ops.vmamba.depthwise_conv, (x, size, *parameters, *given))
+    detached = [x.detach(), size, *(parameter.detach() for parameter in parameters), *given]
+    torch.library.opcheck(torch.ops.vmamba.depthwise_conv_forward, detached)
+    torch.library.opcheck(torch.ops.vmamba.depthwise_conv_backward, (grad, *detached))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import sys
 
 import pytest
 import torch
@@ -82,8 +83,12 @@ def generated_code(step) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kernels", [False, True], ids=["by torch", "by kernels"])
 @pytest.mark.parametrize("name", [*HIERARCHICAL, "test_plainmamba"])
-def test_no_map_is_transposed(name):
+def test_no_map_is_transposed(name, kernels, monkeypatch):
+    if kernels:  # in the program, which never runs
+        for module in ("layer_norm", "depthwise_conv"):  # the package has functions of these names
+            monkeypatch.setattr(sys.modules[f"vmamba.ops.{module}"], "_has_kernel", lambda *args: True)
     batch, height, width = 2, 72, 104  # whose maps have no side that is also a number of channels
     options = {"img_size": (height, width)} if name == "test_plainmamba" else {}
     model = seeded(name, drop_path_rate=0.1, **options).train()

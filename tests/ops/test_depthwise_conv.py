@@ -1,5 +1,7 @@
 """The depthwise convolution as PyTorch computes it where there is no kernel, and the operators' shapes and FLOPs."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,6 +84,67 @@ def test_autocast(inputs, residual):
     assert y.dtype == (torch.float32 if residual else torch.bfloat16)
 
 
+@pytest.fixture
+def kernels(monkeypatch):
+    """The operators on the CPU, by PyTorch's, as far as a plain convolution goes: what surrounds the CUDA kernels."""
+
+    def views(x, size, weight, stride, padding, dilation):
+        settings = stride, padding[::2], dilation, False, [0, 0], weight.shape[0]
+        return x.transpose(1, 2).unflatten(2, size), weight, settings
+
+    def convolved(x, size, weight, bias, stride, padding, dilation, *_):
+        x, weight, settings = views(x, size, weight, stride, padding, dilation)
+        return torch.convolution(x, weight, bias, *settings).flatten(2).transpose(1, 2).contiguous()
+
+    def gradients(grad, x, size, weight, bias, stride, padding, dilation, *_):
+        x, weight, settings = views(x, size, weight, stride, padding, dilation)
+        rows = (size[0] + 2 * padding[0] - dilation[0] * (weight.shape[2] - 1) - 1) // stride[0] + 1
+        grad = grad.transpose(1, 2).unflatten(2, (rows, -1))
+        dx, *others = torch.ops.aten.convolution_backward(grad, x, weight, bias.shape, *settings, [True, True, True])
+        return dx.flatten(2).transpose(1, 2).contiguous(), *others
+
+    module = sys.modules["vmamba.ops.depthwise_conv"]  # the package has the function under that name
+    monkeypatch.setattr(module, "_has_kernel", lambda *args: True)
+    with torch.library._scoped_library("vmamba", "IMPL") as library:
+        library.impl("depthwise_conv", convolved, "CPU")
+        library.impl("depthwise_conv_forward", convolved, "CPU")
+        library.impl("depthwise_conv_backward", gradients, "CPU")
+        yield
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_operators_take_and_give_maps_flattened(inputs, compiled):
+    x, weight, bias = (t.requires_grad_() for t in inputs)
+    wide = torch.cat([x.detach()] * 2, dim=-1)
+    conv = torch.compile(depthwise_conv, backend="aot_eager", fullgraph=True) if compiled else depthwise_conv
+    for map_ in (x, wide[..., 1:7].requires_grad_(), x.detach().transpose(1, 2).requires_grad_()):
+        got = conv(map_, weight, bias, (2, 1), (1, 0))
+        want = plain(map_, weight, bias, (2, 1), (1, 0))
+        assert compiled or got.grad_fn.name() == "eager_depthwise_conv_forwardBackward"
+        torch.testing.assert_close(got, want)
+        found, wanted = (torch.autograd.grad(y.square().sum(), (map_, weight, bias)) for y in (got, want))
+        torch.testing.assert_close(found, wanted)
+    with torch.no_grad():
+        assert torch.equal(conv(x, weight, bias, (2, 1), (1, 0)), conv(x.detach(), weight, bias, (2, 1), (1, 0)))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_result_of_the_operator_can_be_changed_in_place(inputs):
+    x, weight, bias = (t.requires_grad_() for t in inputs)
+    got, want = (F.relu(conv(x, weight, bias), inplace=True) for conv in (depthwise_conv, plain))
+    found, wanted = (torch.autograd.grad(y.sum(), (x, weight, bias)) for y in (got, want))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_operator_has_no_second_derivative(inputs):
+    x, weight, bias = (t.requires_grad_() for t in inputs)
+    (gradient,) = torch.autograd.grad(depthwise_conv(x, weight, bias).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        gradient.sum().backward()
+
+
 SETTINGS = [
     ((6, 1, 3, 3), [2, 1], [1, 2, 0, 4], [1, 2]),
     ((2, 6, 1, 1, 4), [1, 1], [0, 0, 3, 0], [1, 1]),
@@ -91,15 +154,15 @@ SETTINGS = [
 @pytest.mark.parametrize(("weight_shape", "stride", "padding", "dilation"), SETTINGS)
 def test_operators_without_a_kernel_know_their_shapes(weight_shape, stride, padding, dilation):
     with FlopCounterMode(display=False) as counter:
-        x = torch.empty(2, 7, 9, 6, device="meta", requires_grad=True)
+        x = torch.empty(2, 7 * 9, 6, device="meta", requires_grad=True)
         weight = torch.empty(weight_shape, device="meta", requires_grad=True)
         bias = torch.empty((*weight_shape[:-4], 6), device="meta", requires_grad=True)
-        y = torch.ops.vmamba.depthwise_conv(x, weight, bias, stride, padding, dilation, False, False, True)
+        y = torch.ops.vmamba.depthwise_conv(x, [7, 9], weight, bias, stride, padding, dilation, False, False, True)
         forward_flops = counter.get_total_flops()
         grads = torch.autograd.grad(y.sum(), (x, weight, bias))
     padded = F.pad(torch.empty(2, 7, 9, 6), (0, 0, *padding[2:], *padding[:2]))
     one = plain(padded, torch.empty(weight_shape[-4:]), None, stride, 0, dilation)
-    assert y.shape == (one.shape if len(weight_shape) == 4 else (2, 2, *one.shape[1:]))
+    assert y.shape == (2, *((2,) if len(weight_shape) == 5 else ()), one.shape[1] * one.shape[2], 6)
     assert forward_flops == 2 * y.numel() * weight_shape[-1] * weight_shape[-2]
     assert counter.get_total_flops() == 3 * forward_flops
     assert [g.shape for g in grads] == [x.shape, weight.shape, bias.shape]

@@ -81,9 +81,9 @@ def depthwise_conv(
         bias = bias.to(weight.dtype)
     inputs = (x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        conv = torch.ops.vmamba.depthwise_conv if torch.compiler.is_compiling() else _eager_conv
+        conv = _graph_conv if torch.compiler.is_compiling() else _eager_conv
         return conv(*inputs, *geometry, *options)
-    return torch.ops.vmamba.depthwise_conv_forward(*inputs, *geometry, *options)
+    return depthwise_conv_forward(*inputs, *geometry, *options)
 
 
 def _pair(value: Pair) -> tuple[int, int]:
@@ -189,19 +189,43 @@ def _replicate_border(x: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# The operators take and give flattened maps, (batch, height * width, channels), for the reason :func:`by_position` has;
+# the size comes beside them. With both directions the result is (batch, 2, out height * out width, channels).
+
+
+def _flattened(op, x, weight, bias, stride, padding, dilation, *options) -> Tensor:
+    """An operator's result for a map, as a map."""
+    size = x.shape[1:3]
+    y = op(x.flatten(1, 2), size, weight, bias, stride, padding, dilation, *options)
+    return y.unflatten(-2, _out_sizes(size, weight, stride, padding, dilation))
+
+
+def _graph_conv(*inputs) -> Tensor:
+    return _flattened(torch.ops.vmamba.depthwise_conv, *inputs)
+
+
+def depthwise_conv_forward(*inputs) -> Tensor:
+    """The kernel's result for a map, without a derivative."""
+    return _flattened(torch.ops.vmamba.depthwise_conv_forward, *inputs)
+
+
+def _out_sizes(size, weight, stride, padding, dilation) -> tuple[int, int]:
+    rows = _out_size(size[0], padding[0], padding[1], weight.shape[-2], stride[0], dilation[0])
+    return rows, _out_size(size[1], padding[2], padding[3], weight.shape[-1], stride[1], dilation[1])
+
+
 def _out_size(size: int, before: int, after: int, kernel: int, stride: int, dilation: int) -> int:
     return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _fake(x, weight, bias, stride, padding, dilation, replicate, residual, silu) -> Tensor:
-    batch, height, width, channels = x.shape
-    rows = _out_size(height, padding[0], padding[1], weight.shape[-2], stride[0], dilation[0])
-    columns = _out_size(width, padding[2], padding[3], weight.shape[-1], stride[1], dilation[1])
+def _fake(x, size, weight, bias, stride, padding, dilation, replicate, residual, silu) -> Tensor:
+    batch, _, channels = x.shape
+    rows, columns = _out_sizes(size, weight, stride, padding, dilation)
     directions = () if weight.dim() == 4 else (2,)
-    return x.new_empty((batch, *directions, rows, columns, channels))
+    return x.new_empty((batch, *directions, rows * columns, channels))
 
 
-def _fake_backward(grad, x, weight, bias, *_):
+def _fake_backward(grad, x, size, weight, bias, *_):
     def like(t: Tensor) -> Tensor:
         return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
@@ -209,26 +233,39 @@ def _fake_backward(grad, x, weight, bias, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, *ctx.settings = inputs
-    ctx.has_bias = bias is not None
+    x, ctx.size, weight, bias, *ctx.settings = inputs
     ctx.save_for_backward(x, weight, bias)
 
 
 def _backward(ctx, grad):
-    dx, dweight, dbias = torch.ops.vmamba.depthwise_conv_backward(grad, *ctx.saved_tensors, *ctx.settings)
-    return dx, dweight, dbias if ctx.has_bias else None, *(None,) * len(ctx.settings)
+    x, weight, bias = ctx.saved_tensors
+    dx, dweight, dbias = torch.ops.vmamba.depthwise_conv_backward(grad, x, ctx.size, weight, bias, *ctx.settings)
+    return dx, None, dweight, None if bias is None else dbias, *(None,) * len(ctx.settings)
+
+
+def _setup_eager_context(ctx, inputs, output):
+    x, weight, bias, *ctx.settings = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _backward_eager(ctx, grad):
+    x, weight, bias = ctx.saved_tensors
+    size = x.shape[1:3]
+    grad, x = grad.flatten(-3, -2), x.flatten(1, 2)
+    dx, dweight, dbias = torch.ops.vmamba.depthwise_conv_backward(grad, x, size, weight, bias, *ctx.settings)
+    return dx.unflatten(1, size), dweight, None if bias is None else dbias, *(None,) * len(ctx.settings)
 
 
 def _no_second_derivative(ctx, *grads):
     raise NotImplementedError("vmamba's depthwise_conv is differentiable once; use torch.nn.functional.conv2d")
 
 
-def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+def _flops(x_shape, size, weight_shape, *args, out_shape=None, **kwargs) -> int:
     """Two per tap and element of the result, as for any convolution."""
     return 2 * weight_shape[-1] * weight_shape[-2] * out_shape.numel()
 
 
-def _backward_flops(grad_shape, x_shape, weight_shape, *args, **kwargs) -> int:
+def _backward_flops(grad_shape, x_shape, size, weight_shape, *args, **kwargs) -> int:
     """Twice the forward, as for every product."""
     return 4 * weight_shape[-1] * weight_shape[-2] * grad_shape.numel()
 
@@ -246,5 +283,6 @@ def _register() -> None:
 
 
 _register()
-_eager_conv = differentiable(torch.ops.vmamba.depthwise_conv_forward, _setup_context, _backward)
+# Where views are not recorded, and cost little.
+_eager_conv = differentiable(depthwise_conv_forward, _setup_eager_context, _backward_eager)
 _BUILT = torch._C._dispatch_has_kernel_for_dispatch_key("vmamba::depthwise_conv_forward", "CUDA")

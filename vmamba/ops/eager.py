@@ -27,7 +27,8 @@ def differentiable(op: Any, setup_context: Callable, backward: Callable, outputs
     def forward(ctx, *inputs):
         # Else zeros would be allocated and written for every output without a gradient.
         ctx.set_materialize_grads(False)
-        with torch._C._AutoDispatchBelowAutograd():
+        # Views of results made here are results themselves, not to be told from what an operator returns.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             output = op(*inputs)
         if isinstance(output, tuple):
             ctx.mark_non_differentiable(*output[outputs:])

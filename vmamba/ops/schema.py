@@ -27,7 +27,7 @@ ADD_LAYER_NORM_BACKWARD = (
 )
 
 _CONV = (
-    "Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
+    "Tensor x, SymInt[] size, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
     "bool replicate, bool residual, bool silu"
 )
 DEPTHWISE_CONV = f"({_CONV}) -> Tensor"
