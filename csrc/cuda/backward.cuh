@@ -132,9 +132,9 @@ __global__ void __launch_bounds__(192, 2) backward_kernel(const __grid_constant_
 
         own.expand(page, s, place.image, direction, first_channel, count);
         __syncwarp();
-        for (int t = 0; t < count; t += kSpan) {
+        for (int t = 0; t < count; t += 8) {
 #pragma unroll
-            for (int j = 0; j < kSpan; ++j) {
+            for (int j = 0; j < 8; ++j) {
                 float& slot = delta[(t + j) * stride + column];
                 slot = stepper.step(slot);
             }
@@ -173,8 +173,12 @@ __global__ void __launch_bounds__(192, 2) backward_kernel(const __grid_constant_
             }
             float decay[kSpan], before[kSpan];  // and the state before each step
 #pragma unroll
-            for (int j = 0; j < kSpan; ++j)
-                decay[j] = exp2_fast(fmaf(delta[(t + j) * stride + column], A, page.drop[t + j]));
+            for (int j = 0; j < kSpan; ++j) decay[j] = exp2_fast(delta[(t + j) * stride + column] * A);
+            if (walk.reset) {
+#pragma unroll
+                for (int j = 0; j < kSpan; ++j)
+                    if (page.drop[t + j] != 0.f) decay[j] = 0.f;
+            }
 #pragma unroll
             for (int j = 0; j < kSpan; ++j) {
                 before[j] = h;

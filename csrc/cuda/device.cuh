@@ -156,7 +156,7 @@ struct Stepper {
     // The same over ln 2.
     __device__ __forceinline__ float slope_per_ln2(float step) const {
         if constexpr (Exact) return slope(step) * kLog2e;
-        return fmaf(-kLog2e * with_softplus, exp2_fast(-with_softplus * step), kLog2e);
+        return with_softplus != 0.f ? fmaf(-kLog2e, exp2_fast(-step), kLog2e) : kLog2e;
     }
 };
 
