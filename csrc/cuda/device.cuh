@@ -405,8 +405,8 @@ __device__ inline void stage_weights(float* weights, const Scan& s, int directio
     }
 }
 
-// Raw steps (before bias and softplus) of a page for `Width` channels of one warp, into delta (64, delta_stride), where
-// they are not low-rank: as they are.
+// Raw steps (before bias and softplus) of a page for `Width` channels of one warp, into delta (64, delta_stride): full
+// ones, which are only read.
 template <typename T, int Width>
 __device__ void read_full_steps(float* delta, int stride, const int* row_at, const Scan& s, int64_t image,
                                 int direction, int first_channel, int warp_channel, int count) {
@@ -423,7 +423,7 @@ __device__ void read_full_steps(float* delta, int stride, const int* row_at, con
     }
 }
 
-// The same for any steps. Low-rank: a tensor-core product of the staged rows with the staged weights.
+// The same for full steps and for low-rank ones, which are a tensor-core product of the staged rows and weights.
 template <typename T, int Width>
 __device__ void expand_steps(float* delta, int stride, const PageStore<>& page, const float* weights, const Scan& s,
                              int64_t image, int direction, int first_channel, int warp_channel, int count) {
