@@ -94,6 +94,7 @@ inline Cut forward_cut(const Scan& scan, int64_t limit) {
         forward_tile(std::max<int64_t>(scan.channels, 1), static_cast<int>(scan.rank), group_of(scan), limit);
     return cut(scan, tile, 1, {132 * 20 / 3, 132 * 20});
 }
+// Whether the one-state backward keeps its pages in 16 bits: BackwardPage (backward_page.cuh) for each dtype.
 inline bool packed(const Scan& scan) { return scan.dtype == Scalar::bf16; }
 inline Cut backward_cut(const Scan& scan, int64_t limit, int wide_tile) {
     const int64_t channels = std::max<int64_t>(scan.channels, 1);

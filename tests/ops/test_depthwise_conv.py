@@ -1,12 +1,11 @@
 """The depthwise convolution as PyTorch computes it where there is no kernel, and the operators' shapes and FLOPs."""
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.ops.standing_in import standing_in
 from vmamba.layers import DepthwiseConv2d
 from vmamba.ops import depthwise_conv
 
@@ -85,7 +84,7 @@ def test_autocast(inputs, residual):
 
 
 @pytest.fixture
-def kernels(monkeypatch):
+def kernels():
     """The operators on the CPU, by PyTorch's, as far as a plain convolution goes: what surrounds the CUDA kernels."""
 
     def views(x, size, weight, stride, padding, dilation):
@@ -103,12 +102,12 @@ def kernels(monkeypatch):
         dx, *others = torch.ops.aten.convolution_backward(grad, x, weight, bias.shape, *settings, [True, True, True])
         return dx.flatten(2).transpose(1, 2).contiguous(), *others
 
-    module = sys.modules["vmamba.ops.depthwise_conv"]  # the package has the function under that name
-    monkeypatch.setattr(module, "_has_kernel", lambda *args: True)
-    with torch.library._scoped_library("vmamba", "IMPL") as library:
-        library.impl("depthwise_conv", convolved, "CPU")
-        library.impl("depthwise_conv_forward", convolved, "CPU")
-        library.impl("depthwise_conv_backward", gradients, "CPU")
+    with standing_in(
+        "depthwise_conv",
+        depthwise_conv=convolved,
+        depthwise_conv_forward=convolved,
+        depthwise_conv_backward=gradients,
+    ):
         yield
 
 

@@ -1,12 +1,11 @@
 """LayerNorm in any dtype against PyTorch's in float64."""
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.ops.scan_cases import relative_error
+from tests.ops.standing_in import standing_in
 from vmamba.layers import BranchNorm, LayerNorm, ScanNorm
 from vmamba.ops import add_layer_norm, layer_norm
 
@@ -52,7 +51,7 @@ def test_float16_results_survive_a_sum_beyond_its_range():
 
 
 @pytest.fixture
-def kernels(monkeypatch):
+def kernels():
     """The operators on the CPU, by PyTorch's operators, so that what surrounds the CUDA kernels runs here."""
 
     def normed(x, weight, bias, eps, out_dtype):
@@ -73,13 +72,13 @@ def kernels(monkeypatch):
         dx, dweight, dbias = gradients(grad, total, weight, mean, rstd)
         return dx + grad_sum, (dx + grad_sum).to(grad.dtype), dweight, dbias
 
-    module = sys.modules["vmamba.ops.layer_norm"]  # the package has the function under that name
-    monkeypatch.setattr(module, "_has_kernel", lambda *args: True)
-    with torch.library._scoped_library("vmamba", "IMPL") as library:
-        library.impl("layer_norm", normed, "CPU")
-        library.impl("layer_norm_backward", gradients, "CPU")
-        library.impl("add_layer_norm", added, "CPU")
-        library.impl("add_layer_norm_backward", gradients_of_added, "CPU")
+    with standing_in(
+        "layer_norm",
+        layer_norm=normed,
+        layer_norm_backward=gradients,
+        add_layer_norm=added,
+        add_layer_norm_backward=gradients_of_added,
+    ):
         yield
 
 

@@ -114,7 +114,7 @@ class EVSSBlock(nn.Module):
         shared = by_position(self.norm, x)
         # One gate, two calls: each branch is scaled by its own average.
         scanned, convolved = self.gate(self.mixer(shared)), self.gate(self.conv_branch(shared))
-        return by_position(lambda x, *branches: x + self.drop_path(torch.add(*branches)), x, scanned, convolved)
+        return by_position(lambda x, y, z: x + self.drop_path(y + z), x, scanned, convolved)
 
 
 @register_notrace_module

@@ -239,8 +239,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, weight, bias = ctx.saved_tensors
-    dx, dweight, dbias = torch.ops.vmamba.depthwise_conv_backward(grad, x, ctx.size, weight, bias, *ctx.settings)
-    return dx, None, dweight, None if bias is None else dbias, *(None,) * len(ctx.settings)
+    dx, *others = _gradients(grad, x, ctx.size, weight, bias, *ctx.settings)
+    return dx, None, *others
 
 
 def _setup_eager_context(ctx, inputs, output):
@@ -251,9 +251,14 @@ def _setup_eager_context(ctx, inputs, output):
 def _backward_eager(ctx, grad):
     x, weight, bias = ctx.saved_tensors
     size = x.shape[1:3]
-    grad, x = grad.flatten(-3, -2), x.flatten(1, 2)
-    dx, dweight, dbias = torch.ops.vmamba.depthwise_conv_backward(grad, x, size, weight, bias, *ctx.settings)
-    return dx.unflatten(1, size), dweight, None if bias is None else dbias, *(None,) * len(ctx.settings)
+    dx, *others = _gradients(grad.flatten(-3, -2), x.flatten(1, 2), size, weight, bias, *ctx.settings)
+    return dx.unflatten(1, size), *others
+
+
+def _gradients(grad, x, size, weight, bias, *settings) -> tuple[Tensor | None, ...]:
+    """Of flattened maps, the weight, the bias if there is one, and the settings, which have none."""
+    dx, dweight, dbias = torch.ops.vmamba.depthwise_conv_backward(grad, x, size, weight, bias, *settings)
+    return dx, dweight, None if bias is None else dbias, *(None,) * len(settings)
 
 
 def _no_second_derivative(ctx, *grads):

@@ -13,7 +13,7 @@ def differentiable(op: Any, setup_context: Callable, backward: Callable, outputs
     """An operator's kernel, with its derivative, as a function to call in eager mode.
 
     Args:
-        op: The operator, one of ``torch.ops``.
+        op: The operator, one of ``torch.ops``, or a function of its name around it; it may make views.
         setup_context: As :func:`torch.library.register_autograd` takes it.
         backward: Likewise; calls operators that say themselves that they have no derivative. The gradient of an output
             that nothing depended on is None here, where torch.library gives zeros.
