@@ -1,5 +1,6 @@
-// LayerNorm of rows of up to 1536 channels: a warp holds a row in registers, reads it once and writes it once, in the
-// dtype that the next layer wants. PyTorch's kernel gives a row a whole block, which narrow rows cannot fill.
+// LayerNorm of rows of up to 1536 channels: a warp holds a row in registers, or up to eight narrow ones, reads it once
+// and writes it once, in the dtype that the next layer wants. PyTorch's kernel gives a row a whole block, which narrow
+// rows cannot fill.
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
@@ -36,24 +37,33 @@ __device__ __forceinline__ void store_pack(T* to, const float* from) {
     *reinterpret_cast<Pack<T>*>(to) = pack;
 }
 
-__device__ __forceinline__ float warp_sum(float x) {
+// Sums over the lanes at distances From / 2, From / 4, ..., To.
+template <int From, int To = 1>
+__device__ __forceinline__ float lane_sum(float x) {
 #pragma unroll
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kFullWarp, x, distance);
+    for (int distance = From / 2; distance >= To; distance /= 2) x += __shfl_xor_sync(kFullWarp, x, distance);
     return x;
 }
 
-// Packs of one lane: pack p of lane l holds the channels from (p * 32 + l) * 4 on.
-template <int Packs>
+// A row held by `Lanes` neighbouring lanes: pack p of lane l has the channels from (p * Lanes + l) * 4 on.
+template <int Lanes, int Packs>
 struct Row {
     float values[Packs][kPack];
+
+    static __device__ __forceinline__ int channel(int p, int lane) { return (p * Lanes + lane) * kPack; }
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int p = 0; p < Packs; ++p)
+#pragma unroll
+            for (int i = 0; i < kPack; ++i) values[p][i] = 0.0f;
+    }
 
     template <typename T>
     __device__ __forceinline__ void read(const T* row, int lane, int channels) {
 #pragma unroll
         for (int p = 0; p < Packs; ++p) {
-            const int channel = (p * kWarp + lane) * kPack;
-            if (channel < channels) {
-                load_pack(row + channel, values[p]);
+            if (channel(p, lane) < channels) {
+                load_pack(row + channel(p, lane), values[p]);
             } else {
 #pragma unroll
                 for (int i = 0; i < kPack; ++i) values[p][i] = 0.0f;
@@ -63,8 +73,12 @@ struct Row {
     // Adds a row, and rounds the sum as a tensor of type X holds it.
     template <typename X, typename T>
     __device__ __forceinline__ void add(const T* row, int lane, int channels) {
-        Row<Packs> other;
+        Row other;
         other.read(row, lane, channels);
+        add<X>(other);
+    }
+    template <typename X>
+    __device__ __forceinline__ void add(const Row& other) {
 #pragma unroll
         for (int p = 0; p < Packs; ++p)
 #pragma unroll
@@ -74,29 +88,36 @@ struct Row {
     __device__ __forceinline__ void write(T* row, int lane, int channels) const {
 #pragma unroll
         for (int p = 0; p < Packs; ++p) {
-            const int channel = (p * kWarp + lane) * kPack;
-            if (channel < channels) store_pack(row + channel, values[p]);
+            if (channel(p, lane) < channels) store_pack(row + channel(p, lane), values[p]);
         }
     }
 };
 
-template <typename X, typename Y, int Packs, int Rows>
+// A warp has 32 / Lanes rows side by side, and Rows behind each other in flight.
+template <typename X, typename Y, int Lanes, int Packs, int Rows>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
     forward_kernel(LayerNorm norm, Y* __restrict__ y, X* __restrict__ sums, float* __restrict__ means,
                    float* __restrict__ rstds) {
-    const int lane = threadIdx.x % kWarp;
+    constexpr int kSideBySide = kWarp / Lanes;
+    const int lane = threadIdx.x % Lanes;
     const int channels = static_cast<int>(norm.channels);
-    const int64_t first = (int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp) * Rows;
-    Row<Packs> rows[Rows], weight, bias;
+    const int64_t warp = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
+    const int64_t first = warp * kSideBySide * Rows + threadIdx.x % kWarp / Lanes;
+    const auto row_of = [&](int r) { return first + r * kSideBySide; };
+    Row<Lanes, Packs> rows[Rows], weight, bias;
 #pragma unroll
-    for (int r = 0; r < Rows; ++r)
-        if (first + r < norm.rows)
-            rows[r].read(static_cast<const X*>(norm.x) + (first + r) * norm.channels, lane, channels);
+    for (int r = 0; r < Rows; ++r) {
+        if (row_of(r) < norm.rows) {
+            rows[r].read(static_cast<const X*>(norm.x) + row_of(r) * norm.channels, lane, channels);
+        } else {
+            rows[r].clear();
+        }
+    }
     if (norm.branch) {
 #pragma unroll
         for (int r = 0; r < Rows; ++r)
-            if (first + r < norm.rows) {
-                const int64_t at = (first + r) * norm.channels;
+            if (row_of(r) < norm.rows) {
+                const int64_t at = row_of(r) * norm.channels;
                 rows[r].template add<X>(static_cast<const Y*>(norm.branch) + at, lane, channels);
                 rows[r].write(sums + at, lane, channels);
             }
@@ -105,56 +126,73 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
     bias.read(norm.bias, lane, channels);
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
-        if (first + r >= norm.rows) return;
         float sum = 0.0f;
 #pragma unroll
         for (int p = 0; p < Packs; ++p)
 #pragma unroll
             for (int i = 0; i < kPack; ++i) sum += rows[r].values[p][i];
-        const float mean = warp_sum(sum) / channels;
+        const float mean = lane_sum<Lanes>(sum) / channels;
         float squares = 0.0f;
 #pragma unroll
         for (int p = 0; p < Packs; ++p)
-            if ((p * kWarp + lane) * kPack < channels)
+            if (rows[r].channel(p, lane) < channels)
 #pragma unroll
                 for (int i = 0; i < kPack; ++i) {
                     const float centred = rows[r].values[p][i] - mean;
                     squares += centred * centred;
                 }
-        const float rstd = rsqrtf(warp_sum(squares) / channels + norm.eps);
+        const float rstd = rsqrtf(lane_sum<Lanes>(squares) / channels + norm.eps);
+        if (row_of(r) >= norm.rows) continue;
 #pragma unroll
         for (int p = 0; p < Packs; ++p)
 #pragma unroll
             for (int i = 0; i < kPack; ++i)
                 rows[r].values[p][i] = (rows[r].values[p][i] - mean) * rstd * weight.values[p][i] + bias.values[p][i];
-        rows[r].write(y + (first + r) * norm.channels, lane, channels);
+        rows[r].write(y + row_of(r) * norm.channels, lane, channels);
         if (means && lane == 0) {
-            means[first + r] = mean;
-            rstds[first + r] = rstd;
+            means[row_of(r)] = mean;
+            rstds[row_of(r)] = rstd;
         }
     }
 }
 
-// Every warp takes the rows warp, warp + warps, ... and sums its share of the parameters' gradients in registers; the
-// block adds its warps up in order and writes one row of (2, channels) to `partial`.
-template <typename X, typename Y, int Packs>
-__global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
+// Blocks a multiprocessor holds at least, all of which the backward kernel starts.
+template <int Packs>
+constexpr int kResident = Packs <= 4   ? 4
+                          : Packs <= 6 ? 3
+                                       : 2;
+
+// All lanes' rows of the grid take turns through the input and sum their shares of the parameters' gradients in
+// registers; the block adds its own up in order and writes one row of (2, channels) to `partial`.
+template <typename X, typename Y, int Lanes, int Packs>
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock, kResident<Packs>)
     backward_kernel(LayerNorm norm, LayerNormGradients gradients, float* __restrict__ partial) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    constexpr int kSideBySide = kWarp / Lanes;
+    constexpr bool kReadAhead = Packs <= 4;  // else there are no registers for it
+    const int lane = threadIdx.x % Lanes, warp = threadIdx.x / kWarp;
     const int channels = static_cast<int>(norm.channels);
     const int64_t warps = int64_t(gridDim.x) * kWarpsPerBlock;
-    Row<Packs> weight, dweight, dbias;
+    Row<Lanes, Packs> weight, dweight, dbias;
     weight.read(norm.weight, lane, channels);
-#pragma unroll
-    for (int p = 0; p < Packs; ++p)
-#pragma unroll
-        for (int i = 0; i < kPack; ++i) dweight.values[p][i] = dbias.values[p][i] = 0.0f;
+    dweight.clear();
+    dbias.clear();
 
-    for (int64_t row = int64_t(blockIdx.x) * kWarpsPerBlock + warp; row < norm.rows; row += warps) {
-        Row<Packs> x, g;
-        x.read(static_cast<const X*>(norm.x) + row * norm.channels, lane, channels);
-        g.read(static_cast<const Y*>(gradients.dy) + row * norm.channels, lane, channels);
-        const float mean = gradients.mean[row], rstd = gradients.rstd[row];
+    // Lanes of rows behind the last one go on with zeros, since sums are made by whole warps.
+    for (int64_t first = (int64_t(blockIdx.x) * kWarpsPerBlock + warp) * kSideBySide; first < norm.rows;
+         first += warps * kSideBySide) {
+        const int64_t row = first + threadIdx.x % kWarp / Lanes, at = row * norm.channels;
+        const bool there = row < norm.rows;
+        Row<Lanes, Packs> x, g, dsum;
+        float mean = 0.0f, rstd = 0.0f;
+        if (there) {
+            x.read(static_cast<const X*>(norm.x) + at, lane, channels);
+            g.read(static_cast<const Y*>(gradients.dy) + at, lane, channels);
+            if (kReadAhead && gradients.dsum) dsum.read(static_cast<const X*>(gradients.dsum) + at, lane, channels);
+            mean = gradients.mean[row], rstd = gradients.rstd[row];
+        } else {
+            x.clear();
+            g.clear();
+        }
         float sum = 0.0f, along = 0.0f;
 #pragma unroll
         for (int p = 0; p < Packs; ++p)
@@ -168,21 +206,37 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
                 along += g.values[p][i] * normed;
                 x.values[p][i] = normed;
             }
-        sum = warp_sum(sum) / channels;
-        along = warp_sum(along) / channels;
+        sum = lane_sum<Lanes>(sum) / channels;
+        along = lane_sum<Lanes>(along) / channels;
+        if (!there) continue;
 #pragma unroll
         for (int p = 0; p < Packs; ++p)
 #pragma unroll
             for (int i = 0; i < kPack; ++i) x.values[p][i] = rstd * (g.values[p][i] - sum - x.values[p][i] * along);
-        if (gradients.dsum)
-            x.template add<float>(static_cast<const X*>(gradients.dsum) + row * norm.channels, lane, channels);
-        x.write(static_cast<X*>(gradients.dx) + row * norm.channels, lane, channels);
-        if (gradients.dbranch) x.write(static_cast<Y*>(gradients.dbranch) + row * norm.channels, lane, channels);
+        if (gradients.dsum) {
+            if constexpr (kReadAhead) {
+                x.template add<float>(dsum);
+            } else {
+                x.template add<float>(static_cast<const X*>(gradients.dsum) + at, lane, channels);
+            }
+        }
+        x.write(static_cast<X*>(gradients.dx) + at, lane, channels);
+        if (gradients.dbranch) x.write(static_cast<Y*>(gradients.dbranch) + at, lane, channels);
     }
 
+    // Over the rows side by side, then over the warps.
+#pragma unroll
+    for (int p = 0; p < Packs; ++p)
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) {
+            dweight.values[p][i] = lane_sum<kWarp, Lanes>(dweight.values[p][i]);
+            dbias.values[p][i] = lane_sum<kWarp, Lanes>(dbias.values[p][i]);
+        }
     extern __shared__ float shared[];  // (warps, 2, channels)
-    dweight.write(shared + (2 * warp) * channels, lane, channels);
-    dbias.write(shared + (2 * warp + 1) * channels, lane, channels);
+    if (threadIdx.x % kWarp < Lanes) {
+        dweight.write(shared + (2 * warp) * channels, lane, channels);
+        dbias.write(shared + (2 * warp + 1) * channels, lane, channels);
+    }
     __syncthreads();
     for (int i = threadIdx.x; i < 2 * channels; i += blockDim.x) {
         float total = 0.0f;
@@ -209,24 +263,39 @@ __global__ void sum_partials(const float* partial, int blocks, int channels, flo
     }
 }
 
+template <int Lanes, int Packs>
+struct Shape {
+    static constexpr int kLanes = Lanes, kPacks = Packs;
+    static constexpr int kRowsAWarp = kWarp / Lanes;
+};
+
+// Calls `f` with the lanes that hold a row and the packs a lane has of it: few lanes with two or three packs where that
+// is enough, so that none is idle and fewer take part in a sum.
+template <typename F>
+auto with_shape(int64_t channels, F f) {
+    const auto fits = [&](int lanes, int packs) { return channels <= lanes * packs * kPack; };
+    if (fits(4, 2)) return f(Shape<4, 2>{});
+    if (fits(4, 3)) return f(Shape<4, 3>{});
+    if (fits(8, 2)) return f(Shape<8, 2>{});
+    if (fits(8, 3)) return f(Shape<8, 3>{});
+    if (fits(16, 2)) return f(Shape<16, 2>{});
+    if (fits(16, 3)) return f(Shape<16, 3>{});
+    if (fits(32, 2)) return f(Shape<32, 2>{});
+    if (fits(32, 3)) return f(Shape<32, 3>{});
+    if (fits(32, 4)) return f(Shape<32, 4>{});
+    if (fits(32, 6)) return f(Shape<32, 6>{});
+    if (fits(32, 8)) return f(Shape<32, 8>{});
+    return f(Shape<32, 12>{});
+}
+
 int backward_blocks(const LayerNorm& norm, int device) {
     int processors = 0;
     check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    const int64_t wanted = (norm.rows + kWarpsPerBlock - 1) / kWarpsPerBlock;
-    return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, int64_t(processors) * 8)));
-}
-
-// Calls `f` with the number of packs a lane needs, as a compile-time constant.
-template <typename F>
-void with_packs(int64_t channels, F f) {
-    const int64_t packs = (channels + kWarp * kPack - 1) / (kWarp * kPack);
-    if (packs <= 1) return f(std::integral_constant<int, 1>{});
-    if (packs <= 2) return f(std::integral_constant<int, 2>{});
-    if (packs <= 3) return f(std::integral_constant<int, 3>{});
-    if (packs <= 4) return f(std::integral_constant<int, 4>{});
-    if (packs <= 6) return f(std::integral_constant<int, 6>{});
-    if (packs <= 8) return f(std::integral_constant<int, 8>{});
-    f(std::integral_constant<int, 12>{});
+    return with_shape(norm.channels, [&](auto shape) {
+        constexpr int kRows = kWarpsPerBlock * decltype(shape)::kRowsAWarp;
+        const int64_t wanted = (norm.rows + kRows - 1) / kRows, most = int64_t(processors) * kResident<shape.kPacks>;
+        return static_cast<int>(std::max<int64_t>(1, std::min(wanted, most)));
+    });
 }
 
 template <typename T>
@@ -250,18 +319,18 @@ void with_types(Scalar x, Scalar y, F f) {
     f(Type<float>{}, Type<float>{});
 }
 
-template <typename X, typename Y, int Packs>
+template <typename X, typename Y, typename Shape>
 void launch_forward(const LayerNorm& norm, void* y, void* sum, float* mean, float* rstd, cudaStream_t stream) {
-    constexpr int kRows = Packs <= 1 ? 4 : Packs <= 3 ? 2 : 1;  // rows in flight per warp
-    const int64_t per_block = int64_t(kWarpsPerBlock) * kRows;
-    launch(forward_kernel<X, Y, Packs, kRows>, (norm.rows + per_block - 1) / per_block, kWarp * kWarpsPerBlock, 0,
-           stream, norm, static_cast<Y*>(y), static_cast<X*>(sum), mean, rstd);
+    constexpr int kRows = Shape::kPacks <= 3 ? 2 : 1;
+    constexpr int kPerBlock = kWarpsPerBlock * Shape::kRowsAWarp * kRows;
+    launch(forward_kernel<X, Y, Shape::kLanes, Shape::kPacks, kRows>, (norm.rows + kPerBlock - 1) / kPerBlock,
+           kWarp * kWarpsPerBlock, 0, stream, norm, static_cast<Y*>(y), static_cast<X*>(sum), mean, rstd);
 }
 
-template <typename X, typename Y, int Packs>
+template <typename X, typename Y, typename Shape>
 void launch_backward(const LayerNorm& norm, const LayerNormGradients& gradients, float* partial, int blocks,
                      cudaStream_t stream) {
-    launch(backward_kernel<X, Y, Packs>, blocks, kWarp * kWarpsPerBlock,
+    launch(backward_kernel<X, Y, Shape::kLanes, Shape::kPacks>, blocks, kWarp * kWarpsPerBlock,
            int64_t(kWarpsPerBlock) * 2 * norm.channels * int64_t(sizeof(float)), stream, norm, gradients, partial);
 }
 
@@ -271,8 +340,8 @@ void layer_norm_forward(const LayerNorm& norm, void* y, void* sum, float* mean, 
     const torch::stable::accelerator::DeviceGuard guard(device);
     const cudaStream_t stream = current_stream(device);
     with_types(norm.x_dtype, norm.y_dtype, [&](auto x_type, auto y_type) {
-        with_packs(norm.channels, [&](auto packs) {
-            launch_forward<typename decltype(x_type)::type, typename decltype(y_type)::type, decltype(packs)::value>(
+        with_shape(norm.channels, [&](auto shape) {
+            launch_forward<typename decltype(x_type)::type, typename decltype(y_type)::type, decltype(shape)>(
                 norm, y, sum, mean, rstd, stream);
         });
     });
@@ -288,8 +357,8 @@ void layer_norm_backward(const LayerNorm& norm, const LayerNormGradients& gradie
     const int blocks = backward_blocks(norm, device);
     float* partial = static_cast<float*>(workspace);
     with_types(norm.x_dtype, norm.y_dtype, [&](auto x_type, auto y_type) {
-        with_packs(norm.channels, [&](auto packs) {
-            launch_backward<typename decltype(x_type)::type, typename decltype(y_type)::type, decltype(packs)::value>(
+        with_shape(norm.channels, [&](auto shape) {
+            launch_backward<typename decltype(x_type)::type, typename decltype(y_type)::type, decltype(shape)>(
                 norm, gradients, partial, blocks, stream);
         });
     });
