@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from vmamba.layers import Conv2dNHWC, ConvDownsample, ConvStem, PatchMerging, PatchStem, ScanNorm, SelectiveSSM, dt_rank
+from vmamba.layers.conv import conv_by_patches
 from vmamba.ops import get_route, selective_scan_reference
 
 
@@ -16,6 +17,24 @@ def test_conv_nhwc(groups):
     y = conv(x)
     torch.testing.assert_close(y, expected.permute(0, 2, 3, 1))
     assert y.is_contiguous()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "padding"),
+    [(3, (3, 3), (2, 2), (1, 1)), (1, (4, 4), (4, 4), (0, 0)), (4, (16, 16), (8, 8), (0, 0)), (3, (3, 5), (2, 1), (1, 2))],
+)
+def test_conv_by_patches(channels, kernel, stride, padding, memory_format):
+    x = torch.randn(2, channels, 33, 26, dtype=torch.float64).to(memory_format=memory_format)
+    weight, bias = torch.randn(7, channels, *kernel, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    parameters = weight.requires_grad_(), bias.requires_grad_()
+    expected = F.conv2d(x, weight, bias, stride, padding)
+    y = conv_by_patches(x.permute(0, 2, 3, 1), weight, bias, stride, padding).permute(0, 3, 1, 2)
+    torch.testing.assert_close(y, expected)
+    grad = torch.randn_like(y)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, parameters, grad), torch.autograd.grad(expected, parameters, grad)
+    )
 
 
 def test_scan_norm_survives_what_float16_cannot_hold():

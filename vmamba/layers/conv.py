@@ -3,14 +3,66 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from vmamba.ops.autocast import autocast_dtype
 from vmamba.ops.depthwise_conv import Activation, depthwise_conv
 from vmamba.ops.positions import channels_first, channels_last
 
+_TENSOR_CORE_CHANNELS = 8  # that a 16-bit product takes at least; cuDNN is slow with maps of fewer
 
-class Conv2dNHWC(nn.Conv2d):
+
+def conv_by_patches(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
+    """A convolution as the product of all patches, laid out one beside the other, and the weights.
+
+    Args:
+        x: (batch, height, width, channels).
+        weight: (out_channels, channels, rows, columns).
+        bias: (out_channels).
+        stride: Of the patches along height and width.
+        padding: Zeros around the map, above and below, left and right.
+
+    Returns:
+        (batch, height // stride, width // stride, out_channels) or a little more or less, as convolutions have it.
+    """
+    rows, columns = weight.shape[2:]
+    x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    patches = x.unfold(1, rows, stride[0]).unfold(2, columns, stride[1])  # (batch, h, w, channels, rows, columns)
+    # A row of a patch is one piece of memory. It gets as long as tensor cores read.
+    missing = -columns * x.shape[3] % _TENSOR_CORE_CHANNELS
+    patches = F.pad(patches.permute(0, 1, 2, 4, 5, 3).flatten(4), (0, missing)).flatten(3)
+    weight = F.pad(weight.permute(0, 2, 3, 1).flatten(2), (0, missing)).flatten(1)
+    return F.linear(patches.flatten(1, 2), weight, bias).unflatten(1, patches.shape[1:3])
+
+
+@register_notrace_module  # how it computes depends on the device
+class Conv2d(nn.Conv2d):
+    """:class:`torch.nn.Conv2d`; of images, that is of few channels, faster on a GPU in 16 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = autocast_dtype(x) or x.dtype
+        if not self._prefers_patches(x, dtype):
+            return super().forward(x)
+        x = channels_last(x.to(dtype))
+        return channels_first(conv_by_patches(x, self.weight, self.bias, self.stride, self.padding))
+
+    def _prefers_patches(self, x: Tensor, dtype: torch.dtype) -> bool:
+        return (
+            x.is_cuda
+            and not x.requires_grad  # an image has no gradient; overlapping patches would add theirs up slowly
+            and dtype in (torch.bfloat16, torch.float16)
+            and x.dim() == 4
+            and self.in_channels < _TENSOR_CORE_CHANNELS
+            and self.groups == 1
+            and self.dilation == (1, 1)
+            and self.padding_mode == "zeros"
+            and not isinstance(self.padding, str)
+        )
+
+
+class Conv2dNHWC(Conv2d):
     """A 2-d convolution of maps of shape (batch, height, width, channels).
 
     The permuted views it works on are what PyTorch calls ``channels_last``: where the backend keeps that memory format,
@@ -100,7 +152,7 @@ class ConvNormAct(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
+        self.conv = Conv2d(
             in_chans,
             out_chans,
             kernel_size,
