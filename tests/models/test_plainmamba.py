@@ -50,6 +50,19 @@ def test_outputs():
     assert max(errors.values()) < TOLERANCE, errors
 
 
+def test_intermediates_are_what_the_blocks_return():
+    model, x = seeded(SMALL), image(1, 3, 64, 48)
+    expected = []
+    hooks = [block.register_forward_hook(lambda block, inputs, y: expected.append(y)) for block in model.blocks]
+    final = model.forward_features(x)
+    for hook in hooks:
+        hook.remove()
+    found, (second, fourth) = model.forward_intermediates(x, indices=[3, 1], output_fmt="NHWC")
+    (third,) = model.forward_intermediates(x, indices=[2], stop_early=True, output_fmt="NHWC", intermediates_only=True)
+    pairs = (found, final), (second, expected[1]), (third, expected[2]), (fourth, expected[3])
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def published_names(variant: str) -> tuple[nn.Module, dict[str, str]]:
     """A model, and its published parameter names by our own."""
     model = timm.create_model(variant, device="meta")

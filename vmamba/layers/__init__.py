@@ -1,6 +1,6 @@
 """Parts that two or more model families share. Maps are channels last: (batch, height, width, channels)."""
 
-from vmamba.layers.block import PositionalBlock, PreNormBlock
+from vmamba.layers.block import BlockSequence, PositionalBlock, PreNormBlock, run_blocks
 from vmamba.layers.conv import Conv2dNHWC, ConvNormAct, DepthwiseConv2d
 from vmamba.layers.downsample import ConvDownsample, InvertedDownsample, PatchMerging
 from vmamba.layers.init import init_weights
@@ -12,6 +12,7 @@ from vmamba.layers.stem import ConvStem, PatchStem, ResidualConvStem
 
 __all__ = [
     "SS2D",
+    "BlockSequence",
     "BranchNorm",
     "Conv2dNHWC",
     "ConvDownsample",
@@ -31,4 +32,5 @@ __all__ = [
     "SelectiveSSM",
     "dt_rank",
     "init_weights",
+    "run_blocks",
 ]

@@ -1,10 +1,12 @@
 """Residual blocks on channels-last maps."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeGuard
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from vmamba.layers.conv import DepthwiseConv2d
 from vmamba.layers.norm import BranchNorm
@@ -48,12 +50,27 @@ class PreNormBlock(nn.Module):
         """The second branch, added to its input."""
         return x if self.mlp is None else by_position(torch.add, x, self.drop_path(self.mlp(self.norm2(x))))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def branches(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The block but for its last addition, which the norm of the next block can make: see :func:`run_blocks`.
+
+        A subclass with a ``forward`` of its own is called and need not override this.
+
+        Args:
+            x: (batch, height, width, dim).
+            branch: Of the same shape; the block's input is then ``x + branch``.
+
+        Returns:
+            Two maps, each of the shape of ``x``, whose sum is the block's output.
+        """
+        x, normed = (x, self.norm1(x)) if branch is None else self.norm1(x, branch)
+        branch = self.drop_path(self.mixer(normed))
         if self.mlp is None:
-            return self.mix_positions(x)
-        # mix_channels(mix_positions(x)), with the first addition and the second norm in one pass.
-        x, normed = self.norm2(x, self.drop_path(self.mixer(self.norm1(x))))
-        return by_position(torch.add, x, self.drop_path(self.mlp(normed)))
+            return x, branch
+        x, normed = self.norm2(x, branch)
+        return x, self.drop_path(self.mlp(normed))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return by_position(torch.add, *self.branches(x))
 
 
 class PositionalBlock(PreNormBlock):
@@ -80,3 +97,64 @@ class PositionalBlock(PreNormBlock):
     def forward(self, x: Tensor) -> Tensor:
         x = self.mix_positions(self.cpe1(x))
         return self.mix_channels(self.cpe2(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks in a row
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class BlockSequence(nn.Sequential):
+    """:class:`torch.nn.Sequential` of blocks, run by :func:`run_blocks`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_blocks(self, x)
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Any) -> Any:
+    """What ``blocks`` make of ``x``, called one after the other, with fewer passes over the maps between them.
+
+    The addition that ends a :class:`PreNormBlock` is left to the first norm of the next one, which makes it in the pass
+    that it needs anyway. Any other block is called with the sum, and so is one whose calls somebody overrides or
+    watches: hooks, wrappers and tracers find what they would find without this.
+
+    Args:
+        blocks: Each takes what the one before it returns.
+        x: What the first one takes: for :class:`PreNormBlock`, (batch, height, width, dim).
+    """
+    branch = None
+    named = _names_calls(x)
+    for block in blocks:
+        if not named and _defers(block):
+            x, branch = block.branches(x, branch)
+        else:
+            x, branch = block(_total(x, branch)), None
+    return _total(x, branch)
+
+
+def _total(x: Any, branch: Tensor | None) -> Any:
+    return x if branch is None else by_position(torch.add, x, branch)
+
+
+def _defers(block: nn.Module) -> TypeGuard[PreNormBlock]:
+    """Whether nobody can tell a call of ``block`` from one of its :meth:`PreNormBlock.branches` and an addition."""
+    return _is_plain(block, PreNormBlock) and _is_plain(block.norm1, BranchNorm)
+
+
+def _is_plain(module: Any, cls: type[nn.Module]) -> bool:
+    """Whether calling ``module`` is running the ``forward`` of ``cls`` and nothing else."""
+    return (
+        type(module).forward is cls.forward
+        and "forward" not in vars(module)  # where graphs and offloading put theirs
+        and module._compiled_call_impl is None
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and not (module._backward_pre_hooks or module._backward_hooks)
+        and not _has_any_global_hook()
+    )
+
+
+def _names_calls(x: Any) -> bool:
+    """Whether a graph is being made that says which module was called for what: by torch.fx, trace or export."""
+    if torch.compiler.is_dynamo_compiling():
+        return False  # there is_exporting() is always true
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()

@@ -12,7 +12,7 @@ from timm.models import checkpoint_seq, named_apply
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vmamba.layers import LayerNorm, init_weights
+from vmamba.layers import BlockSequence, LayerNorm, init_weights
 from vmamba.models._backbone import Backbone
 
 
@@ -30,7 +30,7 @@ class Stage(nn.Module):
         self.dim = dim
         self.grad_checkpointing = False
         self.downsample = nn.Identity() if downsample is None else downsample
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = BlockSequence(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)

@@ -14,6 +14,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from vmamba.layers import run_blocks
 from vmamba.models._backbone import Backbone
 from vmamba.models._checkpoint import CheckpointError, StateDict
 from vmamba.ops.positions import by_position
@@ -101,9 +102,7 @@ class PlainBackbone(Backbone):
         """What the last of ``blocks`` returns, from what the first takes; with activation checkpointing if it is on."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint_seq(blocks, state)
-        for block in blocks:
-            state = block(state)
-        return state
+        return run_blocks(blocks, state)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (batch, C, H, W) to the last normalised features."""
@@ -153,17 +152,18 @@ class PlainBackbone(Backbone):
         """:meth:`forward_intermediates`, given how to read a channels-last map of (index, state, height, width)."""
         if output_fmt not in FORMATS:
             raise ValueError(f"output_fmt must be one of {', '.join(FORMATS)}, got '{output_fmt}'")
-        taken, last = self.take_indices(indices)
+        taken, _ = self.take_indices(indices)
         intermediates = []
         x = self.embed(x)
         height, width = x.shape[1], x.shape[2]
         state = self.enter(x)
-        for i, block in enumerate(self.blocks):
-            if stop_early and i > last:
-                break
-            state = self.run_blocks([block], state)
-            if i in taken:
-                intermediates.append(_as_format(read(i, state, height, width), output_fmt))
+        blocks, done = list(self.blocks), 0
+        for i in sorted(set(taken)):
+            state = self.run_blocks(blocks[done : i + 1], state)
+            intermediates.append(_as_format(read(i, state, height, width), output_fmt))
+            done = i + 1
+        if not stop_early:
+            state = self.run_blocks(blocks[done:], state)
         return intermediates if intermediates_only else (self.leave(state), intermediates)
 
     # -- Surgery ------------------------------------------------------------------------------------------------------
