@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from vmamba.layers.conv import DepthwiseConv2d
 from vmamba.layers.norm import BranchNorm
@@ -143,14 +143,19 @@ def _defers(block: nn.Module) -> TypeGuard[PreNormBlock]:
 
 def _is_plain(module: Any, cls: type[nn.Module]) -> bool:
     """Whether calling ``module`` is running the ``forward`` of ``cls`` and nothing else."""
-    return (
-        type(module).forward is cls.forward
-        and "forward" not in vars(module)  # where graphs and offloading put theirs
-        and module._compiled_call_impl is None
-        and not (module._forward_pre_hooks or module._forward_hooks)
-        and not (module._backward_pre_hooks or module._backward_hooks)
-        and not _has_any_global_hook()
-    )
+    if type(module).forward is not cls.forward or "forward" in vars(module):  # graphs and offloading put theirs there
+        return False
+    try:
+        return not (
+            module._compiled_call_impl
+            or module._forward_pre_hooks
+            or module._forward_hooks
+            or module._backward_pre_hooks
+            or module._backward_hooks
+            or torch_module._has_any_global_hook()
+        )
+    except AttributeError:  # a PyTorch that keeps its hooks elsewhere
+        return False
 
 
 def _names_calls(x: Any) -> bool:
