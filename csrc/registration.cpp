@@ -18,6 +18,7 @@
 #include "scan.h"
 #ifdef VMAMBA_WITH_CUDA
 #include "cuda/depthwise_conv.h"
+#include "cuda/gelu.h"
 #include "cuda/layer_norm.h"
 #include "cuda/scan_cuda.h"
 #endif
@@ -280,11 +281,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
 }
 
 #ifdef VMAMBA_WITH_CUDA
-// The norms read packs of four numbers, and a view may start in the middle of one.
-Tensor in_packs(const Tensor& given) {
+// Kernels read packs of `count` numbers, and a view may start in the middle of one.
+Tensor in_packs(const Tensor& given, int64_t count = 4) {
     const Tensor x = dense(given);
     const auto address = reinterpret_cast<uintptr_t>(x.const_data_ptr());
-    return address % (4 * x.element_size()) == 0 ? x : torch::stable::clone(x);
+    return address % (count * x.element_size()) == 0 ? x : torch::stable::clone(x);
 }
 
 LayerNorm norm_of(const Tensor& x, const Tensor& weight, double eps, ScalarType y_dtype) {
@@ -407,6 +408,28 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad, Tensor x, Te
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(Tensor grad_sum, Tensor grad, Tensor sum,
                                                                    Tensor weight, Tensor mean, Tensor rstd) {
     return run_layer_norm_backward(grad, grad_sum, sum, weight, mean, rstd);
+}
+
+std::tuple<Tensor, Tensor> gelu_backward(Tensor grad, Tensor given) {
+    const Tensor x = in_packs(given, cuda::kGeluPack), dy = in_packs(grad, cuda::kGeluPack);
+    check_device(dy, "grad", x, "x");
+    STD_TORCH_CHECK(x.dim() > 0 && dy.scalar_type() == x.scalar_type() && same_sizes(dy, sizes_of(x)),
+                    "grad must have the shape and dtype of x");
+    cuda::GeluBackward gelu;
+    gelu.columns = x.size(x.dim() - 1);
+    STD_TORCH_CHECK(cuda::serves_gelu(gelu.columns), "gelu serves multiples of ", cuda::kGeluPack, " columns, got ",
+                    gelu.columns);
+    gelu.rows = x.numel() / gelu.columns;
+    gelu.dtype = scalar_of(x.scalar_type());
+    Tensor dx = new_tensor(x, sizes_of(x), x.scalar_type()), dbias = float_rows(x, gelu.columns);
+    gelu.grad = dy.const_data_ptr();
+    gelu.x = x.const_data_ptr();
+    gelu.dx = dx.mutable_data_ptr();
+    gelu.dbias = static_cast<float*>(dbias.mutable_data_ptr());
+    const int device = x.get_device_index();
+    Tensor workspace = new_tensor(x, {cuda::gelu_backward_workspace(gelu, device)}, ScalarType::Byte);
+    cuda::gelu_backward(gelu, workspace.mutable_data_ptr(), device);
+    return {dx, dbias};
 }
 
 // A convolution's arguments, checked, and what describes them. Tensors that had to be made contiguous live in here.
@@ -558,6 +581,7 @@ STABLE_TORCH_LIBRARY_IMPL(vmamba, CUDA, m) {
     m.impl("layer_norm_backward", TORCH_BOX(&vmamba::layer_norm_backward));
     m.impl("add_layer_norm", TORCH_BOX(&vmamba::add_layer_norm));
     m.impl("add_layer_norm_backward", TORCH_BOX(&vmamba::add_layer_norm_backward));
+    m.impl("gelu_backward", TORCH_BOX(&vmamba::gelu_backward));
     m.impl("depthwise_conv", TORCH_BOX(&vmamba::depthwise_conv));
     m.impl("depthwise_conv_forward", TORCH_BOX(&vmamba::depthwise_conv));
     m.impl("depthwise_conv_backward", TORCH_BOX(&vmamba::depthwise_conv_backward));

@@ -95,11 +95,7 @@ __device__ __forceinline__ void clear(float (&sums)[N][V]) {
         for (int v = 0; v < V; ++v) sums[n][v] = 0.0f;
 }
 
-__device__ __forceinline__ float sigmoid(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + exp2_fast(-x * kLog2e)));
-    return y;
-}
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(-x * kLog2e)); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Places

@@ -116,6 +116,11 @@ void gather(const GatherArgs& args, cudaStream_t stream);
 void sum_groups(const float* source, int64_t rows, int groups, int64_t size, void* target, Scalar target_dtype,
                 cudaStream_t stream);
 
+// Sums of the columns of partial, (blocks, columns), always added in the same order (column_sums.cu). The first
+// of_first go to `first`, the others to `second`.
+void sum_partials(const float* partial, int blocks, int columns, float* first, int of_first, float* second,
+                  cudaStream_t stream);
+
 // Gradients of low-rank steps, B and C: sums of BackwardArgs::rows over tiles, groups, visits and, if shared,
 // directions.
 void gather_rows(const BackwardArgs& args, const Visits& visits, const Gradients& gradients, cudaStream_t stream);

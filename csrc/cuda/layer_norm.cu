@@ -245,24 +245,6 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, kResident<Packs>)
     }
 }
 
-// Sums the blocks' rows of (2, channels): 32 columns a block, in 32 interleaved parts that are added in order.
-constexpr int kSumParts = 32;
-__global__ void sum_partials(const float* partial, int blocks, int channels, float* dweight, float* dbias) {
-    __shared__ float parts[kSumParts][kWarp];
-    const int column = blockIdx.x * kWarp + threadIdx.x;
-    float total = 0.0f;
-    if (column < 2 * channels)
-#pragma unroll 8
-        for (int block = threadIdx.y; block < blocks; block += kSumParts)
-            total += partial[int64_t(block) * 2 * channels + column];
-    parts[threadIdx.y][threadIdx.x] = total;
-    __syncthreads();
-    if (threadIdx.y == 0 && column < 2 * channels) {
-        for (int part = 1; part < kSumParts; ++part) total += parts[part][threadIdx.x];
-        (column < channels ? dweight[column] : dbias[column - channels]) = total;
-    }
-}
-
 template <int Lanes, int Packs>
 struct Shape {
     static constexpr int kLanes = Lanes, kPacks = Packs;
@@ -362,10 +344,8 @@ void layer_norm_backward(const LayerNorm& norm, const LayerNormGradients& gradie
                 norm, gradients, partial, blocks, stream);
         });
     });
-    const int columns = static_cast<int>(2 * norm.channels);
-    sum_partials<<<(columns + kWarp - 1) / kWarp, dim3(kWarp, kSumParts), 0, stream>>>(
-        partial, blocks, static_cast<int>(norm.channels), gradients.dweight, gradients.dbias);
-    check(cudaGetLastError());
+    const int channels = static_cast<int>(norm.channels);
+    sum_partials(partial, blocks, 2 * channels, gradients.dweight, channels, gradients.dbias, stream);
 }
 
 }  // namespace vmamba::cuda

@@ -22,7 +22,12 @@ def test_conv_nhwc(groups):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     ("channels", "kernel", "stride", "padding"),
-    [(3, (3, 3), (2, 2), (1, 1)), (1, (4, 4), (4, 4), (0, 0)), (4, (16, 16), (8, 8), (0, 0)), (3, (3, 5), (2, 1), (1, 2))],
+    [
+        (3, (3, 3), (2, 2), (1, 1)),
+        (1, (4, 4), (4, 4), (0, 0)),
+        (4, (16, 16), (8, 8), (0, 0)),
+        (3, (3, 5), (2, 1), (1, 2)),
+    ],
 )
 def test_conv_by_patches(channels, kernel, stride, padding, memory_format):
     x = torch.randn(2, channels, 33, 26, dtype=torch.float64).to(memory_format=memory_format)

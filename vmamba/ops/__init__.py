@@ -3,6 +3,7 @@
 from vmamba.ops.depthwise_conv import depthwise_conv
 from vmamba.ops.drawing import draw_route
 from vmamba.ops.extension import BackendInfo, backend_info
+from vmamba.ops.gelu import linear_gelu
 from vmamba.ops.layer_norm import add_layer_norm, layer_norm
 from vmamba.ops.recording import ScanCall, record_scans
 from vmamba.ops.reference import selective_scan_reference
@@ -29,6 +30,7 @@ __all__ = [
     "get_route",
     "grid_table",
     "layer_norm",
+    "linear_gelu",
     "list_routes",
     "record_scans",
     "register_route",

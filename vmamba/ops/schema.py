@@ -26,6 +26,10 @@ ADD_LAYER_NORM_BACKWARD = (
     "(Tensor, Tensor, Tensor, Tensor)"
 )
 
+GELU = "(Tensor x, Tensor bias) -> Tensor"
+GELU_BACKWARD = "(Tensor grad, Tensor x) -> (Tensor, Tensor)"
+"""The second is the gradient of the bias, which is in x already."""
+
 _CONV = (
     "Tensor x, SymInt[] size, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
     "bool replicate, bool residual, bool silu"
