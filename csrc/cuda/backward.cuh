@@ -6,8 +6,9 @@
 //     du_t = dt_t (g_t . B_t) + D dy_t           ddt_t = u_t (g_t . B_t) + sum over n of A a_t h_{t-1} g_t
 //
 // A lane has one channel, and everything of its state lives in registers for sixteen steps, between two checkpoints.
-// Sums over channels are butterflies within a warp, then a fixed order over warps, then over tiles (gather.cu). The
-// low-rank factor's gradients are two tensor-core products with the page's tile of step gradients (backward_page.cuh).
+// Sums over channels are made within a warp (ChannelSums), then in a fixed order over warps, then over tiles
+// (gather.cu). The low-rank factor's gradients are two tensor-core products with the page's tile of step gradients
+// (backward_page.cuh).
 //
 // Steps are in log2 units and B is staged times ln 2, so that dt_t B_t needs no factor. Behind the last step of a chunk
 // nothing has a gradient: the chunk is the last one, so none arrives there, and none is read.
@@ -17,8 +18,21 @@
 
 namespace vmamba::cuda {
 
-constexpr int kSpan = 16;  // steps held in registers
-static_assert(kSpan == checkpoint_interval(1));
+// What some steps of a channel need of shared memory, in registers.
+constexpr int kQuarter = 4;
+struct Inputs {
+    float step[kQuarter];
+    float2 gains[kQuarter];
+
+    template <typename Page, typename Low>
+    __device__ __forceinline__ Inputs(const Page& own, const PageStore<Low>& page, int t, int column) {
+#pragma unroll
+        for (int i = 0; i < kQuarter; ++i) {
+            step[i] = own.delta[(t + i) * own.stride + column];
+            gains[i] = *reinterpret_cast<const float2*>(page.gains + (t + i) * 2);
+        }
+    }
+};
 
 // Pass::summary: what a chunk hands to the one before it if nothing arrives from behind, and how much of an arriving
 // gradient survives. Pass::output: all gradients.
@@ -31,7 +45,7 @@ __global__ void __launch_bounds__(192, 2) backward_kernel(const __grid_constant_
     const int directions = static_cast<int>(s.directions);
     const Place place = place_of_block(cut.tiles, cut.chunks, directions);
     const int direction = place.slice, first_channel = place.tile * cut.tile;
-    const int column = threadIdx.x, lane = column % 32, warp = column / 32, warps = blockDim.x / 32;
+    const int column = threadIdx.x, warp = column / 32, warps = blockDim.x / 32;
     const int64_t channel = first_channel + column;
     const bool active = channel < s.channels;
     const int64_t safe_channel = active ? channel : s.channels - 1;
@@ -65,6 +79,7 @@ __global__ void __launch_bounds__(192, 2) backward_kernel(const __grid_constant_
     const Stepper<kExact> stepper(s.dt_bias, direction, safe_channel, s.dt_softplus);
     const float skip = s.D.data && active && !OfStates ? s.D.data[direction * s.D.direction_stride + channel] : 0.f;
     const uint32_t du_stride = static_cast<uint32_t>(s.channels * sizeof(T));
+    ChannelSums<T> channel_sums;  // dB / ln 2 and dC
     float d_skip = 0.f, d_bias = 0.f, elapsed = 0.f, dropped = 0.f;
 
     const int64_t begin = place.chunk * cut.chunk_steps;
@@ -132,12 +147,13 @@ __global__ void __launch_bounds__(192, 2) backward_kernel(const __grid_constant_
 
         own.expand(page, s, place.image, direction, first_channel, count);
         __syncwarp();
-        for (int t = 0; t < count; t += 8) {
+        for (int t = 0; t < count; t += kSpan) {
+            // All are read before the first is written: the compiler cannot tell that rows of delta are apart.
+            float step[kSpan];
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                float& slot = delta[(t + j) * stride + column];
-                slot = stepper.step(slot);
-            }
+            for (int j = 0; j < kSpan; ++j) step[j] = delta[(t + j) * stride + column];
+#pragma unroll
+            for (int j = 0; j < kSpan; ++j) delta[(t + j) * stride + column] = stepper.step(step[j]);
         }
         for (int t = count; t < spans * kSpan; ++t) delta[t * stride + column] = 0.f;
 
@@ -184,21 +200,20 @@ __global__ void __launch_bounds__(192, 2) backward_kernel(const __grid_constant_
                 before[j] = h;
                 h = fmaf(decay[j], h, delta[(t + j) * stride + column] * u[j] * page.gains[(t + j) * 2]);
             }
-            char* du =
-                reinterpret_cast<char*>(static_cast<T*>(args.du) + (row * s.steps + at + t) * s.channels + channel);
-            const int stored = active ? count - t : 0;
+            char* du = reinterpret_cast<char*>(static_cast<T*>(args.du) + (row * args.du_steps + at + t) * s.channels +
+                                               channel);
+            Inputs inputs(own, page, t + kSpan - kQuarter, column);
 #pragma unroll
-            for (int half = kSpan / 8 - 1; half >= 0; --half) {
-                float channel_sums[16];  // eight dB / ln 2, then eight dC
-                float odd_grad = 0.f;    // gradient of the second step of a pair
+            for (int quarter = kSpan / kQuarter - 1; quarter >= 0; --quarter) {
+                const int first = quarter * kQuarter;
+                float raw_grads[kQuarter];
 #pragma unroll
-                for (int i = 7; i >= 0; --i) {
-                    const int j = half * 8 + i;
-                    const float step = delta[(t + j) * stride + column];
-                    const float2 gains = *reinterpret_cast<const float2*>(page.gains + (t + j) * 2);  // B and C
+                for (int i = kQuarter - 1; i >= 0; --i) {
+                    const int j = first + i;
+                    const float step = inputs.step[i];
+                    const float2 gains = inputs.gains[i];  // B and C
                     g = OfStates ? g + states_grad(t + j) : fmaf(gains.y, dy[j], g);
-                    channel_sums[i] = g * (step * u[j]);
-                    channel_sums[8 + i] = dy[j] * h;
+                    channel_sums.add(j % 8, g * (step * u[j]), dy[j] * h);
                     const float through_gain = g * gains.x;
                     g *= decay[j];
                     h = before[j];
@@ -206,19 +221,16 @@ __global__ void __launch_bounds__(192, 2) backward_kernel(const __grid_constant_
                     dA = fmaf(on_exponent, step, dA);
                     // Gradients of u and of the raw step.
                     const float u_grad = fmaf(through_gain, step, skip * dy[j]);
-                    const float raw_grad =
-                        fmaf(through_gain, u[j], on_exponent * natural_A) * stepper.slope_per_ln2(step);
+                    raw_grads[i] = fmaf(through_gain, u[j], on_exponent * natural_A) * stepper.slope_per_ln2(step);
                     d_skip = fmaf(dy[j], u[j], d_skip);
-                    d_bias += raw_grad;
-                    if (j < stored) *reinterpret_cast<T*>(offset_by(du, j, du_stride)) = from_float<T>(u_grad);
-                    if (i % 2 == 0) own.keep(t + j, column, raw_grad, odd_grad);
-                    odd_grad = raw_grad;
+                    d_bias += raw_grads[i];
+                    if (active) store_global(offset_by(du, j, du_stride), from_float<T>(u_grad));
                 }
-                // Lane bits from 16 down to 2 spell dB or dC, then the step.
-                float total = scatter_sum<16, 16>(channel_sums);
-                total += __shfl_xor_sync(kFullWarp, total, 1);
-                const int step = t + half * 8 + lane / 2 % 8;
-                if (lane % 2 == 0) sums[(step * warps + warp) * 2 + lane / 16] = total;
+                // Read before the gradients are written, behind which no read could be moved.
+                if (quarter > 0) inputs = Inputs(own, page, t + first - kQuarter, column);
+#pragma unroll
+                for (int i = 0; i < kQuarter; i += 2) own.keep(t + first + i, column, raw_grads[i], raw_grads[i + 1]);
+                if (first % 8 == 0) channel_sums.store(sums, t + first, warp, warps);
             }
             h = next_h;
         }

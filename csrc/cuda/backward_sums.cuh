@@ -26,6 +26,58 @@ __device__ __forceinline__ float scatter_sum(float (&value)[Count]) {
     }
 }
 
+// Sums over a warp's channels of two values a step, for eight steps: butterflies of all sixteen.
+template <typename T>
+class ChannelSums {
+  public:
+    __device__ __forceinline__ void add(int i, float first, float second) {
+        values_[i] = first;
+        values_[8 + i] = second;
+    }
+    // Into sums (steps, warps, 2), from step t on.
+    __device__ __forceinline__ void store(float* sums, int t, int warp, int warps) {
+        // Lane bits from 16 down to 2 spell the first or second value, then the step.
+        const int lane = threadIdx.x % 32;
+        float total = scatter_sum<16, 16>(values_);
+        total += __shfl_xor_sync(kFullWarp, total, 1);
+        if (lane % 2 == 0) sums[((t + lane / 2 % 8) * warps + warp) * 2 + lane / 16] = total;
+    }
+
+  private:
+    float values_[16];
+};
+
+// The same for bfloat16, rounded and then added up by two tensor-core products: a lane's values of four steps are its
+// part of one operand, the other picks of each pair of rows its first or its second value into a column.
+template <>
+class ChannelSums<__nv_bfloat16> {
+  public:
+    __device__ ChannelSums() {
+        const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) pick_[i] = g == 2 * i ? 0x3f80u : g == 2 * i + 1 ? 0x3f800000u : 0u;  // ones
+    }
+    __device__ __forceinline__ void add(int i, float first, float second) {
+        values_[i] = pack<__nv_bfloat16>(first, second);
+    }
+    __device__ __forceinline__ void store(float* sums, int t, int warp, int warps) {
+        float acc[4] = {};
+#pragma unroll
+        for (int i = 0; i < 8; i += 4)
+            mma_bf16(acc, values_[i], values_[i + 2], values_[i + 1], values_[i + 3], pick_[i / 2], pick_[i / 2 + 1]);
+        // Columns 4 h and 4 h + 1 of rows g and g + 8 are of steps 4 h and 4 h + 2, the next two columns of those
+        // behind them. Rows that are eight apart are a lane's: bits 16 and 8 spell which of its four sums it ends with.
+        const int lane = threadIdx.x % 32;
+        float total = scatter_sum<4, 16>(acc);
+        total += __shfl_xor_sync(kFullWarp, total, 4);
+        const int step = t + lane / 2 % 2 * 4 + lane / 16 * 2 + lane % 2;
+        if (lane / 4 % 2 == 0) sums[(step * warps + warp) * 2 + lane / 8 % 2] = total;
+    }
+
+  private:
+    uint32_t values_[8], pick_[4];
+};
+
 // Gradients of the weights from a page: step gradients (steps x channels), transposed, times rows (steps x rank). They
 // add up over pages in the block's rows of parameter gradients, (rank, D), always by the same thread.
 template <bool Exact>

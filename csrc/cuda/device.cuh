@@ -80,6 +80,17 @@ __device__ __forceinline__ char* offset_by(char* base, uint32_t a, uint32_t b) {
     return const_cast<char*>(offset_by(static_cast<const char*>(base), a, b));
 }
 
+// A store to an address that offset_by hides from the compiler: as a generic one it would wait for, and hold up,
+// accesses of shared memory.
+template <typename T>
+__device__ __forceinline__ void store_global(char* to, T x) {
+    if constexpr (sizeof(T) == 2) {
+        asm volatile("st.global.b16 [%0], %1;" ::"l"(to), "h"(*reinterpret_cast<const uint16_t*>(&x)));
+    } else {
+        asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(*reinterpret_cast<const uint32_t*>(&x)));
+    }
+}
+
 // A load or store whose element type is known at run time only; the branch is the same for a whole grid.
 __device__ __forceinline__ float load_as(const void* data, int64_t index, Scalar type) {
     if (type == Scalar::f32) return static_cast<const float*>(data)[index];
@@ -162,7 +173,9 @@ struct Stepper {
     // The same over ln 2.
     __device__ __forceinline__ float slope_per_ln2(float step) const {
         if constexpr (Exact) return slope(step) * kLog2e;
-        return with_softplus != 0.f ? fmaf(-kLog2e, exp2_fast(-step), kLog2e) : kLog2e;
+        // The absolute value changes no step behind a softplus, and keeps others from infinity, which zero does not
+        // cancel.
+        return fmaf(-kLog2e * with_softplus, exp2_fast(-fabsf(step)), kLog2e);
     }
 };
 

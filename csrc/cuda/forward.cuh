@@ -132,13 +132,13 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
                     if constexpr (pass == Pass::output && !OfStates) y = fmaf(C[n], h[n], y);
                 }
                 if constexpr (pass == Pass::output) {
-                    Out* to = reinterpret_cast<Out*>(offset_by(out, j, out_stride));
+                    char* to = offset_by(out, j, out_stride);
                     if constexpr (OfStates) {
 #pragma unroll
                         for (int n = 0; n < Group; ++n)
-                            if (active && n < states_here) to[n] = from_float<Out>(h[n]);
+                            if (active && n < states_here) store_global(to + n * sizeof(Out), from_float<Out>(h[n]));
                     } else {
-                        if (active) *to = from_float<Out>(y);
+                        if (active) store_global(to, from_float<Out>(y));
                     }
                 }
             }

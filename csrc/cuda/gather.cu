@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
         for (int g = 0; g < args.groups; ++g) {
             const int64_t row = (image * args.directions + k) * args.groups + g;
             const Source* source =
-                static_cast<const Source*>(args.source) + (row * args.steps + t) * args.features + feature;
+                static_cast<const Source*>(args.source) + (row * args.source_steps + t) * args.features + feature;
             const auto pack = *reinterpret_cast<const Pack<Source, Width>*>(source);
 #pragma unroll
             for (int f = 0; f < Width; ++f) total[f] += to_float(pack.value[f]);

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kPack = kGeluPack;
 constexpr int kMostThreads = 384;  // whole warps for hidden widths of 2^n and of 3 * 2^n
-constexpr int kResident = 2;       // blocks of so many that a multiprocessor holds
+constexpr int kResident = 2;       // such blocks to a multiprocessor
 
 // Rows a thread has in flight.
 template <typename T>
@@ -70,10 +70,10 @@ __device__ __forceinline__ float gelu_slope(float x) {
     if constexpr (std::is_same_v<T, float>) {
         return fmaf(x * kInvSqrt2Pi, expf(-0.5f * x * x), 0.5f + 0.5f * erff(x * kInvSqrt2));
     } else {
-        // erff would take longer than the loads. Abramowitz and Stegun 7.1.26 has the exponential that phi has, and is
-        // right to 7e-8.
-        const float e = exp2_fast(-0.5f * kLog2e * x * x),
-                    t = reciprocal_fast(1.0f + 0.3275911f * kInvSqrt2 * fabsf(x));
+        // Abramowitz and Stegun 7.1.26, right to 7e-8: it has the exponential that phi has, and with it there are about
+        // half as many instructions as with erff, none of them a branch.
+        const float e = exp2_fast(-0.5f * kLog2e * x * x);
+        const float t = reciprocal_fast(1.0f + 0.3275911f * kInvSqrt2 * fabsf(x));
         float tail = 0.5f * 1.061405429f;
         tail = fmaf(tail, t, 0.5f * -1.453152027f);
         tail = fmaf(tail, t, 0.5f * 1.421413741f);
@@ -84,8 +84,7 @@ __device__ __forceinline__ float gelu_slope(float x) {
     }
 }
 
-// How blocks cover (rows, columns): each has a tile of the columns, `width` packs in every one of `side` rows at a
-// time.
+// How blocks cover (rows, columns): each has a tile of columns, `width` packs of each of `side` rows at a time.
 struct Cover {
     int width = 1;
     int tiles = 1;
@@ -118,8 +117,8 @@ __global__ void __launch_bounds__(kMostThreads, kResident)
     const int tile = blockIdx.x % cover.tiles, block = blockIdx.x / cover.tiles;
     const int64_t first_column = int64_t(tile) * cover.width * kPack;
     const int64_t column = first_column + threadIdx.x % cover.width * kPack;
-    const int64_t stride = cover.side * gelu.columns,
-                  rows = column < gelu.columns ? gelu.rows : 0;  // narrower last tile
+    const int64_t stride = cover.side * gelu.columns;
+    const int64_t rows = column < gelu.columns ? gelu.rows : 0;  // the last tile may be narrower
     float sums[kPack] = {};
     for (int64_t first = int64_t(block) * cover.side * kRows<T> + threadIdx.x / cover.width; first < rows;
          first += int64_t(cover.blocks) * cover.side * kRows<T>) {

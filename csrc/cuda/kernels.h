@@ -61,8 +61,9 @@ struct BackwardArgs {
     const float* carry = nullptr;  // gradient that arrives behind every chunk, or null for zero
     float* carry_out = nullptr;    // summary
     float* decay = nullptr;        // summary
-    void* du = nullptr;            // (batch, slice, T, D) in Scan::dtype, float where there are several groups
-    void* ddt = nullptr;           // the same for a full dt
+    int64_t du_steps = 0;          // T, rounded up to whole spans if there is one state
+    void* du = nullptr;            // (batch, slice, du_steps, D) in Scan::dtype, float where there are several groups
+    void* ddt = nullptr;           // (batch, slice, T, D) of a full dt, likewise
     float* rows = nullptr;         // (batch, slice, tile, T, R + 2 * group): gradients of low-rank steps, B and C
     float* params = nullptr;       // (batch, chunk, slice, group + 2 + R, D): A, D, bias, weight
 };
@@ -100,12 +101,12 @@ void list_visits(const Scan& scan, const Table<int32_t>& table, const Visits& vi
 // target[image, o, position] = the sum over directions, visits and groups of source[image, slice, step].
 struct GatherArgs {
     Visits visits;
-    const void* source = nullptr;  // (batch, K * groups, T, features)
+    const void* source = nullptr;  // (batch, K * groups, source_steps, features)
     Scalar source_dtype = Scalar::f32;
     void* target = nullptr;
     Scalar target_dtype = Scalar::f32;
     int64_t image_stride = 0, output_stride = 0, position_stride = 0;  // of target
-    int64_t batch = 0, length = 0, steps = 0, features = 0;
+    int64_t batch = 0, length = 0, steps = 0, source_steps = 0, features = 0;
     Divisor packs;  // of features; set by gather
     int directions = 0, groups = 1;
     int outputs = 1;  // 1: all directions add up; K: each has its own

@@ -17,6 +17,8 @@ namespace vmamba::cuda {
 // The backward restarts from checkpoints. With one state they are cheap: one for every span of steps it holds in
 // registers. With more states it recomputes a page from one checkpoint.
 constexpr int64_t checkpoint_interval(int64_t states) { return states == 1 ? 16 : kPageSteps; }
+constexpr int kSpan = 16;  // steps that the one-state backward holds in registers
+static_assert(kSpan == checkpoint_interval(1));
 constexpr int kWideGroup = 16;  // states in a group, where there is more than one state
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -42,6 +42,9 @@ int64_t carry_size(const Scan& scan, const Cut& cut) {
     return cut.chunks > 1 ? rows_of(scan, cut) * cut.chunks * scan.channels * cut.group : 0;
 }
 
+// A backward of one state writes whole spans of du, without a look at where the steps end.
+int64_t du_steps_of(const Scan& scan) { return scan.states == 1 ? round_up(scan.steps, kSpan) : scan.steps; }
+
 Visits take_visits(Arena& arena, const Scan& scan, const Table<int32_t>& table) {
     const bool per_image = table.image_stride != 0;
     const int64_t tables = (per_image ? scan.batch : 1) * scan.directions;
@@ -146,7 +149,7 @@ struct BackwardMemory {
         rows = arena.take<float>(cells * cut.tiles * (scan.rank + 2 * cut.group));
         params = arena.take<float>(rows_of(scan, cut) * cut.chunks * (cut.group + 2 + scan.rank) * scan.channels);
         const int64_t bytes_each = cut.groups == 1 ? size_of(scan.dtype) : 4;
-        du = arena.take<char>(cells * scan.channels * bytes_each);
+        du = arena.take<char>(rows_of(scan, cut) * du_steps_of(scan) * scan.channels * bytes_each);
         ddt = arena.take<char>(scan.rank ? 0 : cells * scan.channels * bytes_each);
         visits = take_visits(arena, scan, scan.route);
         param_visits = scan.param_route.data == scan.route.data ? visits : take_visits(arena, scan, scan.param_route);
@@ -182,13 +185,15 @@ void run_backward(const BackwardArgs& args, Pass pass, cudaStream_t stream) {
     }
 }
 
-// Gathers per-step rows (batch, slice, T, D) into a contiguous (batch, K or none, L, D) or (batch, L, K or 1, D).
-void gather_channels(const Scan& scan, const Cut& cut, const Visits& visits, const void* source, Scalar source_dtype,
-                     void* target, Scalar target_dtype, int outputs, bool outputs_before_positions,
+// Gathers per-step rows (batch, slice, source_steps, D) into a contiguous (batch, K or none, L, D) or (batch, L, K or
+// 1, D).
+void gather_channels(const Scan& scan, const Cut& cut, const Visits& visits, const void* source, int64_t source_steps,
+                     Scalar source_dtype, void* target, Scalar target_dtype, int outputs, bool outputs_before_positions,
                      cudaStream_t stream) {
     GatherArgs args;
     args.visits = visits;
     args.source = source;
+    args.source_steps = source_steps;
     args.source_dtype = source_dtype;
     args.target = target;
     args.target_dtype = target_dtype;
@@ -252,7 +257,7 @@ void forward(const Scan& scan, void* out, Scalar out_dtype, float* checkpoints, 
     run_forward(args, Pass::output, (separate ? partial : out_dtype) == Scalar::f32, stream);
     if (merged) {
         list_visits(scan, scan.route, memory.visits, stream);
-        gather_channels(scan, cut, memory.visits, memory.partial, partial, out, out_dtype, 1, true, stream);
+        gather_channels(scan, cut, memory.visits, memory.partial, scan.steps, partial, out, out_dtype, 1, true, stream);
     } else if (separate) {
         sum_groups(static_cast<const float*>(memory.partial), scan.batch * scan.directions, cut.groups,
                    scan.steps * scan.channels, out, out_dtype, stream);
@@ -279,6 +284,7 @@ void backward(const Scan& scan, const void* grad, Scalar grad_dtype, const float
     args.grad_dtype = grad_dtype;
     args.checkpoints = checkpoints;
     args.rows_in_pairs = rows_in_pairs(scan);
+    args.du_steps = du_steps_of(scan);
     args.du = memory.du;
     args.ddt = memory.ddt;
     args.rows = memory.rows;
@@ -296,10 +302,10 @@ void backward(const Scan& scan, const void* grad, Scalar grad_dtype, const float
     if (scan.param_route.data != scan.route.data) list_visits(scan, scan.param_route, memory.param_visits, stream);
     const Scalar partial = cut.groups == 1 ? scan.dtype : Scalar::f32;
     const int directions = static_cast<int>(scan.directions);
-    gather_channels(scan, cut, memory.visits, memory.du, partial, gradients.u, scan.dtype,
+    gather_channels(scan, cut, memory.visits, memory.du, args.du_steps, partial, gradients.u, scan.dtype,
                     scan.u.direction_stride == 0 ? 1 : directions, true, stream);
     if (scan.rank == 0)
-        gather_channels(scan, cut, memory.param_visits, memory.ddt, partial, gradients.dt, scan.dtype,
+        gather_channels(scan, cut, memory.param_visits, memory.ddt, scan.steps, partial, gradients.dt, scan.dtype,
                         scan.dt.direction_stride == 0 ? 1 : directions, false, stream);
     gather_rows(args, memory.param_visits, gradients, stream);
     reduce_params(args, gradients, stream);

@@ -96,7 +96,7 @@ def test_linear_gelu(autocast, compiled):
     with torch.autocast("cuda", autocast or torch.bfloat16, enabled=autocast is not None):
         got, want = function(*inputs), F.gelu(F.linear(*inputs))
     assert compiled or "eager_gelu" in got.grad_fn.name()
-    tolerance = 2 * TOLERANCE[autocast or torch.float32]
+    tolerance = 4 * TOLERANCE[autocast or torch.float32]  # both are rounded, here and there
     assert got.dtype == want.dtype and relative_error(got, want.double()) < tolerance
     grad = torch.randn_like(want)
     for found, wanted in zip(

@@ -6,10 +6,10 @@ from typing import Any, TypeGuard
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from vmamba.layers.conv import DepthwiseConv2d
 from vmamba.layers.norm import BranchNorm
+from vmamba.layers.plain import is_plain
 from vmamba.ops.positions import by_position
 
 
@@ -138,24 +138,7 @@ def _total(x: Any, branch: Tensor | None) -> Any:
 
 def _defers(block: nn.Module) -> TypeGuard[PreNormBlock]:
     """Whether nobody can tell a call of ``block`` from one of its :meth:`PreNormBlock.branches` and an addition."""
-    return _is_plain(block, PreNormBlock) and _is_plain(block.norm1, BranchNorm)
-
-
-def _is_plain(module: Any, cls: type[nn.Module]) -> bool:
-    """Whether calling ``module`` is running the ``forward`` of ``cls`` and nothing else."""
-    if type(module).forward is not cls.forward or "forward" in vars(module):  # graphs and offloading put theirs there
-        return False
-    try:
-        return not (
-            module._compiled_call_impl
-            or module._forward_pre_hooks
-            or module._forward_hooks
-            or module._backward_pre_hooks
-            or module._backward_hooks
-            or torch_module._has_any_global_hook()
-        )
-    except AttributeError:  # a PyTorch that keeps its hooks elsewhere
-        return False
+    return is_plain(block, PreNormBlock) and is_plain(block.norm1, BranchNorm)
 
 
 def _names_calls(x: Any) -> bool:

@@ -2,8 +2,8 @@
 
 import timm.layers
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
+from vmamba.layers.plain import is_plain
 from vmamba.ops.gelu import linear_gelu, serves_linear_gelu
 from vmamba.ops.positions import by_position
 
@@ -31,9 +31,3 @@ class Mlp(timm.layers.Mlp):
             and type(fc1.weight) is nn.Parameter
             and serves_linear_gelu(fc1.weight, fc1.bias)
         )
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether nobody can tell that a module of PyTorch's is not called: no subclass, no hook, no other ``forward``."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and "forward" not in vars(module) and not any(hooks) and not _has_any_global_hook()
