@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 import tests.analysis.benchmark_models  # noqa: F401  (registers bench_*)
@@ -288,6 +289,27 @@ def test_pictures(tmp_path):
         tmp_path / "x-accuracy.png",
         tmp_path / "x-resolution.png",
     ]
+
+
+def test_labels_of_neighbours_are_apart(tmp_path, monkeypatch):
+    figures, save = [], Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        figures.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    rates = {"vmamba_tiny": 100.0, "convnext_tiny": 100.5, "vmamba_tiny_s2l5": 99.5, "msvmamba_tiny": 100.0}
+    draw(
+        [Result(Job(model), replace(FIGURES, images_per_s=rate)) for model, rate in rates.items()],
+        ENVIRONMENT,
+        tmp_path / "x",
+    )
+    (ax,) = figures[0].axes
+    boxes = [label.get_window_extent() for label in ax.texts]
+    assert len(boxes) == len(rates)
+    assert [box.count_overlaps(boxes) for box in boxes] == [1] * len(boxes)  # itself
+    assert all(ax.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
 
 
 # Names

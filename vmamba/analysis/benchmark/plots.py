@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 from vmamba.analysis.benchmark.jobs import Job
 from vmamba.analysis.benchmark.peers import published_top1
@@ -56,15 +59,47 @@ def _accuracy(results: Group) -> Figure | None:
     for ax, (settings, group) in zip(axes, panels, strict=True):
         for job, figures in group:
             point = (figures.images_per_s, accuracy[job.model])
-            ax.plot(*point, "o", color=colors[job.model], markersize=7)
-            ax.annotate(_short(job.model), point, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+            ax.plot(*point, "o", color=colors[job.model], markersize=_MARKER)
+            label = ax.annotate(_short(job.model), point, xytext=(0, 0), textcoords="offset points", fontsize=8)
+            label.set_in_layout(False)
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter(_plain)
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.margins(0.25, 0.2)
         _finish(ax, settings, "images/s", "published ImageNet top-1 (%)")
+    _place_labels(figure, axes)
     return figure
+
+
+def _place_labels(figure: Figure, axes: list[Axes]) -> None:
+    """Puts each point's label above it, or where else there is a free place in the panel, if there is one."""
+    figure.draw_without_rendering()  # which is when the layout is made
+    for ax in axes:
+        half = _MARKER / 2 * figure.dpi / 72
+        labels = [text for text in ax.texts if isinstance(text, Annotation)]
+        points = [ax.transData.transform(label.xy) for label in labels]
+        taken = [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in points]
+        for label in labels:
+            for place in (*_LABEL_PLACES, _LABEL_PLACES[0]):
+                label.set(**place)
+                box = label.get_window_extent()
+                if box.count_overlaps(taken) == 0 and all(ax.bbox.contains(*corner) for corner in (box.min, box.max)):
+                    break
+            taken.append(box)
+
+
+_MARKER = 7  # points
+_LABEL_PLACES: tuple[dict[str, Any], ...] = (
+    {"position": (0, 5), "ha": "center", "va": "bottom"},
+    {"position": (0, -5), "ha": "center", "va": "top"},
+    {"position": (6, 0), "ha": "left", "va": "center"},
+    {"position": (-6, 0), "ha": "right", "va": "center"},
+    {"position": (4, 4), "ha": "left", "va": "bottom"},
+    {"position": (-4, 4), "ha": "right", "va": "bottom"},
+    {"position": (4, -4), "ha": "left", "va": "top"},
+    {"position": (-4, -4), "ha": "right", "va": "top"},
+)
 
 
 def _resolution(results: Group) -> Figure | None:
