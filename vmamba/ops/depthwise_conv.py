@@ -13,17 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmamba.ops import schema
+from vmamba.ops import extension, schema
 from vmamba.ops.autocast import autocast_dtype
 from vmamba.ops.eager import differentiable
 from vmamba.ops.positions import by_position, channels_first, channels_last
-from vmamba.ops.registration import LIBRARY
+from vmamba.ops.registration import LIBRARY, refuse_derivative
 
 Activation = Literal["silu"]
 PaddingMode = Literal["zeros", "replicate"]
 Pair = int | tuple[int, ...]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_TAPS = 64  # kMostTaps in csrc/cuda/depthwise_conv.h
 
 
@@ -113,8 +112,8 @@ def _has_kernel(x: Tensor, weight: Tensor, stride: tuple[int, int], padding_mode
     return (
         x.is_cuda
         and _BUILT
-        and x.dtype in _FLOATS
-        and weight.dtype in _FLOATS
+        and x.dtype in extension.KERNEL_DTYPES
+        and weight.dtype in extension.KERNEL_DTYPES
         and weight.shape[-1] * weight.shape[-2] <= _MOST_TAPS
         and (padding_mode == "zeros" or stride == (1, 1))
         and not torch.jit.is_tracing()  # which should show what others can read
@@ -261,10 +260,6 @@ def _gradients(grad, x, size, weight, bias, *settings) -> tuple[Tensor | None, .
     return dx, dweight, None if bias is None else dbias, *(None,) * len(settings)
 
 
-def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError("vmamba's depthwise_conv is differentiable once; use torch.nn.functional.conv2d")
-
-
 def _flops(x_shape, size, weight_shape, *args, out_shape=None, **kwargs) -> int:
     """Two per tap and element of the result, as for any convolution."""
     return 2 * weight_shape[-1] * weight_shape[-2] * out_shape.numel()
@@ -284,7 +279,9 @@ def _register() -> None:
     torch.library.register_fake("vmamba::depthwise_conv_backward", _fake_backward, lib=LIBRARY)
     register_flop_formula(torch.ops.vmamba.depthwise_conv_backward)(_backward_flops)
     torch.library.register_autograd("vmamba::depthwise_conv", _backward, setup_context=_setup_context, lib=LIBRARY)
-    torch.library.register_autograd("vmamba::depthwise_conv_backward", _no_second_derivative, lib=LIBRARY)
+    refuse_derivative(
+        "depthwise_conv_backward", "vmamba's depthwise_conv is differentiable once; use torch.nn.functional.conv2d"
+    )
 
 
 _register()

@@ -8,6 +8,10 @@ from pathlib import Path
 import torch
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels compute on: ``scalar_of`` in csrc/registration.cpp."""
+
 _error: str | None = None
 _kernels: frozenset[str] = frozenset()  # device types served; looked up once, since torch.compile traces the question
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from vmamba.ops import extension, schema
 from vmamba.ops.autocast import autocast_dtype
 from vmamba.ops.eager import differentiable
-from vmamba.ops.registration import LIBRARY
+from vmamba.ops.registration import LIBRARY, refuse_derivative
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _PACK = 8  # kGeluPack in csrc/cuda/gelu.h
 
 
@@ -48,7 +47,7 @@ def _has_kernel(weight: Tensor) -> bool:
         weight.is_cuda
         and extension.has_kernel("cuda")
         and weight.shape[0] % _PACK == 0
-        and (autocast_dtype(weight) or weight.dtype) in _FLOATS
+        and (autocast_dtype(weight) or weight.dtype) in extension.KERNEL_DTYPES
     )
 
 
@@ -73,10 +72,6 @@ def _backward(ctx, grad):
     return dx, dbias.to(ctx.bias_dtype)
 
 
-def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError("vmamba's linear_gelu is differentiable once; use torch.nn.functional.gelu")
-
-
 # To PyTorch's kernel there is nothing to add forwards. As an operator of its own it keeps its derivative in a graph.
 LIBRARY.define(f"gelu{schema.GELU}", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.impl("gelu", gelu, "CompositeExplicitAutograd")
@@ -84,6 +79,6 @@ LIBRARY.define(f"gelu_backward{schema.GELU_BACKWARD}", tags=(torch.Tag.pt2_compl
 torch.library.register_fake("vmamba::gelu", gelu, lib=LIBRARY)
 torch.library.register_fake("vmamba::gelu_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autograd("vmamba::gelu", _backward, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd("vmamba::gelu_backward", _no_second_derivative, lib=LIBRARY)
+refuse_derivative("gelu_backward", "vmamba's linear_gelu is differentiable once; use torch.nn.functional.gelu")
 
 _eager_gelu = differentiable(gelu, _setup_context, _backward)

@@ -16,9 +16,8 @@ from vmamba.ops import extension, schema
 from vmamba.ops.autocast import autocast_dtype
 from vmamba.ops.eager import differentiable
 from vmamba.ops.positions import by_position
-from vmamba.ops.registration import LIBRARY
+from vmamba.ops.registration import LIBRARY, refuse_derivative
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_CHANNELS = 1536  # kMaxNormChannels in csrc/cuda/layer_norm.h
 
 
@@ -96,8 +95,8 @@ def _has_kernel(x: Tensor, out_dtype: torch.dtype, training: bool) -> bool:
         and extension.has_kernel("cuda")
         and channels % 4 == 0
         and 0 < channels <= _MOST_CHANNELS
-        and x.dtype in _FLOATS
-        and out_dtype in (x.dtype, torch.float32, *(_FLOATS if x.dtype == torch.float32 else ()))
+        and x.dtype in extension.KERNEL_DTYPES
+        and out_dtype in (x.dtype, torch.float32, *(extension.KERNEL_DTYPES if x.dtype == torch.float32 else ()))
     )
 
 
@@ -151,9 +150,7 @@ def _backward_add(ctx, grad_sum, grad, _grad_mean, _grad_rstd):
     return *torch.ops.vmamba.add_layer_norm_backward(grad_sum, grad, *ctx.saved_tensors), None, None
 
 
-def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError("vmamba's layer_norm is differentiable once; use torch.nn.functional.layer_norm")
-
+_ONCE = "vmamba's layer_norm is differentiable once; use torch.nn.functional.layer_norm"
 
 LIBRARY.define(f"layer_norm{schema.LAYER_NORM}", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.define(f"layer_norm_forward{schema.LAYER_NORM_FORWARD}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -162,14 +159,14 @@ torch.library.register_fake("vmamba::layer_norm", _fake, lib=LIBRARY)
 torch.library.register_fake("vmamba::layer_norm_forward", lambda *args: _fake(*args)[0], lib=LIBRARY)
 torch.library.register_fake("vmamba::layer_norm_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autograd("vmamba::layer_norm", _backward, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd("vmamba::layer_norm_backward", _no_second_derivative, lib=LIBRARY)
+refuse_derivative("layer_norm_backward", _ONCE)
 
 LIBRARY.define(f"add_layer_norm{schema.ADD_LAYER_NORM}", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.define(f"add_layer_norm_backward{schema.ADD_LAYER_NORM_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.register_fake("vmamba::add_layer_norm", _fake_add, lib=LIBRARY)
 torch.library.register_fake("vmamba::add_layer_norm_backward", _fake_add_backward, lib=LIBRARY)
 torch.library.register_autograd("vmamba::add_layer_norm", _backward_add, setup_context=_setup_add_context, lib=LIBRARY)
-torch.library.register_autograd("vmamba::add_layer_norm_backward", _no_second_derivative, lib=LIBRARY)
+refuse_derivative("add_layer_norm_backward", _ONCE)
 
 _eager_norm = differentiable(torch.ops.vmamba.layer_norm, _setup_context, _backward)
 _eager_add_norm = differentiable(torch.ops.vmamba.add_layer_norm, _setup_add_context, _backward_add, outputs=2)

@@ -61,7 +61,7 @@ def _one_dtype(u: Tensor, dt: Tensor, B: Tensor, C: Tensor | None) -> tuple[Tens
     dtype = autocast_dtype(u)
     if dtype is not None:
         return u.to(dtype), dt.to(dtype), B.to(dtype), None if C is None else C.to(dtype)
-    if u.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if u.dtype not in extension.KERNEL_DTYPES:
         raise TypeError(
             f"the kernels take float32, bfloat16 and float16, got {u.dtype}; backend='reference' takes float64 too"
         )
@@ -116,10 +116,13 @@ def _backward(ctx, grad, _grad_checkpoints):
     return (*of_inputs, *(None,) * 7)
 
 
-def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError(
-        "selective_scan is differentiable once; for second derivatives pass backend='reference', or drop create_graph"
-    )
+def refuse_derivative(backward: str, message: str) -> None:
+    """Makes ``message`` the error of whoever asks for a derivative of an operator that gives gradients itself."""
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(message)
+
+    torch.library.register_autograd(f"vmamba::{backward}", refuse, lib=LIBRARY)
 
 
 def _scan_flops(u_shape, dt_shape, A_shape, B_shape, *args, **kwargs) -> int:
@@ -161,7 +164,10 @@ def _register() -> None:
     register_flop_formula(torch.ops.vmamba.selective_scan_backward)(_scan_backward_flops)
     LIBRARY.define(f"cpu_isa{schema.CPU_ISA}")
     torch.library.register_autograd("vmamba::selective_scan", _backward, setup_context=_setup_context, lib=LIBRARY)
-    torch.library.register_autograd("vmamba::selective_scan_backward", _no_second_derivative, lib=LIBRARY)
+    refuse_derivative(
+        "selective_scan_backward",
+        "selective_scan is differentiable once; for second derivatives pass backend='reference', or drop create_graph",
+    )
     extension.load()
 
 
