@@ -24,6 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from vmamba.ops import get_route, selective_scan
+from vmamba.ops.projected_scan import projected_scan, serves_projected_scan
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Core:
         self.case, self.out_dtype = case, out_dtype
         features = case.rank + 2 * case.states
         self.x = torch.randn(case.batch, case.height * case.width, case.channels, device=device, dtype=dtype)
-        self.projection = torch.randn(directions * features, case.channels, device=device, dtype=dtype)
-        self.projection /= case.channels**0.5
+        projection = torch.randn(directions * features, case.channels, device=device, dtype=dtype)
+        self.projection = torch.nn.Parameter(projection / case.channels**0.5)
         self.A = -torch.arange(1, case.states + 1, device=device).float().repeat(directions, case.channels, 1)
         self.D = torch.ones(directions, case.channels, device=device)
         self.dt_weight = torch.randn(directions, case.channels, case.rank, device=device) * case.rank**-0.5
@@ -89,6 +90,12 @@ class Core:
         return self.project().split([case.rank, case.states, case.states], dim=-1)
 
     def forward(self):
+        """As a model calls it: in training, projection and scan as one where that is served."""
+        parameters = (self.A, self.D, self.dt_weight, self.dt_bias, self.route)
+        if self.out_dtype is torch.float32 and serves_projected_scan(
+            self.x, self.projection, self.dt_weight, self.route, "merged"
+        ):
+            return projected_scan(self.x, self.projection, *parameters, "merged")
         dt, B, C = self.parameters()
         return selective_scan(
             self.x, dt, self.A, B, C, self.D,

@@ -20,6 +20,7 @@
 #include "cuda/depthwise_conv.h"
 #include "cuda/gelu.h"
 #include "cuda/layer_norm.h"
+#include "cuda/mlp.h"
 #include "cuda/scan_cuda.h"
 #endif
 
@@ -242,6 +243,28 @@ Tensor gradient_for(const OptionalTensor& input, const Tensor& like) {
     return new_tensor(*input, std::vector<int64_t>(sizes.begin(), sizes.end()), input->scalar_type());
 }
 
+// Runs the backward: `gradients` has a place for every input.
+template <const Kernels& kernels>
+void run_backward(const Arguments& arguments, const Tensor& u, const Tensor& grad, const Tensor& checkpoints,
+                  const Gradients& gradients) {
+    const Scan& scan = arguments.scan;
+    STD_TORCH_CHECK(scan.checkpoint_steps > 0, "the backward needs the checkpoints of a forward that kept them");
+    const Tensor dense_grad = dense(grad);
+    STD_TORCH_CHECK(same_sizes(dense_grad, arguments.output_sizes()), "grad has the wrong shape");
+    STD_TORCH_CHECK(same_sizes(checkpoints, arguments.checkpoint_sizes()), "checkpoints have the wrong shape");
+    check_device(grad, "grad", u, "u");
+    check_device(checkpoints, "checkpoints", u, "u");
+    const int device = u.get_device_index();
+    Tensor workspace = new_tensor(u, {kernels.backward_workspace(scan, device)}, ScalarType::Byte);
+    kernels.backward(scan, dense_grad.const_data_ptr(), scalar_of(grad.scalar_type()),
+                     static_cast<const float*>(checkpoints.const_data_ptr()), gradients, workspace.mutable_data_ptr(),
+                     device);
+}
+
+float* floats_of(Tensor& gradient, const OptionalTensor& input) {
+    return input ? static_cast<float*>(gradient.mutable_data_ptr()) : nullptr;
+}
+
 template <const Kernels& kernels>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad, Tensor checkpoints, Tensor u, Tensor dt, Tensor A, Tensor B, OptionalTensor C, OptionalTensor D,
@@ -249,38 +272,52 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     bool dt_softplus, std::string result, int64_t checkpoint_steps) {
     const Arguments arguments(u, dt, A, B, C, D, dt_weight, dt_bias, route, param_route, reset, dt_softplus, result,
                               checkpoint_steps);
-    const Scan& scan = arguments.scan;
-    STD_TORCH_CHECK(checkpoint_steps > 0, "the backward needs the checkpoints of a forward that kept them");
-    const Tensor dense_grad = dense(grad);
-    STD_TORCH_CHECK(same_sizes(dense_grad, arguments.output_sizes()), "grad has the wrong shape");
-    STD_TORCH_CHECK(same_sizes(checkpoints, arguments.checkpoint_sizes()), "checkpoints have the wrong shape");
-    check_device(grad, "grad", u, "u");
-    check_device(checkpoints, "checkpoints", u, "u");
-
     Tensor du = gradient_for(u, u), ddt = gradient_for(dt, u), dA = gradient_for(A, u), dB = gradient_for(B, u);
     Tensor dC = gradient_for(C, u), dD = gradient_for(D, u);
     Tensor ddt_weight = gradient_for(dt_weight, u), ddt_bias = gradient_for(dt_bias, u);
-    const auto floats = [](Tensor& x, const OptionalTensor& input) {
-        return input ? static_cast<float*>(x.mutable_data_ptr()) : nullptr;
-    };
     Gradients gradients;
     gradients.u = du.mutable_data_ptr();
     gradients.dt = ddt.mutable_data_ptr();
     gradients.B = dB.mutable_data_ptr();
     gradients.C = C ? dC.mutable_data_ptr() : nullptr;
-    gradients.A = floats(dA, A);
-    gradients.D = floats(dD, D);
-    gradients.dt_weight = floats(ddt_weight, dt_weight);
-    gradients.dt_bias = floats(ddt_bias, dt_bias);
-    const int device = u.get_device_index();
-    Tensor workspace = new_tensor(u, {kernels.backward_workspace(scan, device)}, ScalarType::Byte);
-    kernels.backward(scan, dense_grad.const_data_ptr(), scalar_of(grad.scalar_type()),
-                     static_cast<const float*>(checkpoints.const_data_ptr()), gradients, workspace.mutable_data_ptr(),
-                     device);
+    gradients.A = floats_of(dA, A);
+    gradients.D = floats_of(dD, D);
+    gradients.dt_weight = floats_of(ddt_weight, dt_weight);
+    gradients.dt_bias = floats_of(ddt_bias, dt_bias);
+    run_backward<kernels>(arguments, u, grad, checkpoints, gradients);
     return {du, ddt, dA, dB, dC, dD, ddt_weight, ddt_bias};
 }
 
 #ifdef VMAMBA_WITH_CUDA
+// The same where dt, B and C are parts of the rows of `params`, in this order: their gradients are written as such.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rows_backward(Tensor grad, Tensor checkpoints, Tensor u,
+                                                                         Tensor params, Tensor A, Tensor D,
+                                                                         Tensor dt_weight, Tensor dt_bias, Tensor route,
+                                                                         std::string result, int64_t checkpoint_steps) {
+    STD_TORCH_CHECK(A.dim() == 3 && dt_weight.dim() == 3, "A and dt_weight must have 3 dimensions");
+    const int64_t rank = dt_weight.size(2), states = A.size(2), features = rank + 2 * states;
+    STD_TORCH_CHECK(params.dim() == 4 && params.size(3) == features, "params must be (batch, L, K, ", features, ")");
+    const Tensor dt = torch::stable::narrow(params, 3, 0, rank), B = torch::stable::narrow(params, 3, rank, states),
+                 C = torch::stable::narrow(params, 3, rank + states, states);
+    const Arguments arguments(u, dt, A, B, C, D, dt_weight, dt_bias, route, std::nullopt, std::nullopt, true, result,
+                              checkpoint_steps);
+    Tensor du = gradient_for(u, u), dparams = gradient_for(params, u), dA = gradient_for(A, u), dD = gradient_for(D, u);
+    Tensor ddt_weight = gradient_for(dt_weight, u), ddt_bias = gradient_for(dt_bias, u);
+    char* const row = static_cast<char*>(dparams.mutable_data_ptr());
+    Gradients gradients;
+    gradients.u = du.mutable_data_ptr();
+    gradients.dt = row;
+    gradients.B = row + rank * params.element_size();
+    gradients.C = row + (rank + states) * params.element_size();
+    gradients.row_stride = features;
+    gradients.A = floats_of(dA, A);
+    gradients.D = floats_of(dD, D);
+    gradients.dt_weight = floats_of(ddt_weight, dt_weight);
+    gradients.dt_bias = floats_of(ddt_bias, dt_bias);
+    run_backward<kCuda>(arguments, u, grad, checkpoints, gradients);
+    return {du, dparams, dA, dD, ddt_weight, ddt_bias};
+}
+
 // Kernels read packs of `count` numbers, and a view may start in the middle of one.
 Tensor in_packs(const Tensor& given, int64_t count = 4) {
     const Tensor x = dense(given);
@@ -410,6 +447,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(Tensor grad_s
     return run_layer_norm_backward(grad, grad_sum, sum, weight, mean, rstd);
 }
 
+Tensor gelu(Tensor given) {
+    const Tensor x = in_packs(given, cuda::kGeluPack);
+    STD_TORCH_CHECK(x.numel() % cuda::kGeluPack == 0, "gelu serves multiples of ", cuda::kGeluPack, " numbers, got ",
+                    x.numel());
+    Tensor y = new_tensor(x, sizes_of(x), x.scalar_type());
+    cuda::gelu_forward(x.const_data_ptr(), y.mutable_data_ptr(), x.numel(), scalar_of(x.scalar_type()),
+                       x.get_device_index());
+    return y;
+}
+
+Tensor gelu_with_bias(Tensor x, Tensor bias) { return gelu(x); }
+
 std::tuple<Tensor, Tensor> gelu_backward(Tensor grad, Tensor given) {
     const Tensor x = in_packs(given, cuda::kGeluPack), dy = in_packs(grad, cuda::kGeluPack);
     check_device(dy, "grad", x, "x");
@@ -430,6 +479,95 @@ std::tuple<Tensor, Tensor> gelu_backward(Tensor grad, Tensor given) {
     Tensor workspace = new_tensor(x, {cuda::gelu_backward_workspace(gelu, device)}, ScalarType::Byte);
     cuda::gelu_backward(gelu, workspace.mutable_data_ptr(), device);
     return {dx, dbias};
+}
+
+// What both directions of an MLP read, checked. Tensors that had to be copied live in here.
+class MlpArguments {
+  public:
+    MlpArguments(const Tensor& given, const Tensor& given_weight1, const Tensor& given_bias1)
+        : x(in_packs(given, kPack)), weight1(in_packs(given_weight1, kPack)), bias1(in_packs(given_bias1, kPack)) {
+        check(weight1, "weight1");
+        STD_TORCH_CHECK(x.dim() > 0 && weight1.dim() == 2 && weight1.size(1) == x.size(x.dim() - 1),
+                        "x must be (..., channels) and weight1 (hidden, channels)");
+        check_bias(bias1, "bias1", weight1.size(0));
+        mlp.channels = static_cast<int>(weight1.size(1));
+        mlp.hidden = static_cast<int>(weight1.size(0));
+        mlp.rows = x.numel() / weight1.size(1);
+        mlp.dtype = scalar_of(x.scalar_type());
+        STD_TORCH_CHECK(mlp.dtype != Scalar::f32, "mlp serves bfloat16 and float16");
+        mlp.x = x.const_data_ptr();
+        mlp.weight1 = weight1.const_data_ptr();
+        mlp.bias1 = static_cast<const float*>(bias1.const_data_ptr());
+    }
+    Tensor check(const Tensor& given, const char* name) const {
+        const Tensor tensor = in_packs(given, kPack);
+        check_device(tensor, name, x, "x");
+        STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+        return tensor;
+    }
+    Tensor weight(const Tensor& given, const char* name, int64_t rows, int64_t columns) const {
+        const Tensor tensor = check(given, name);
+        STD_TORCH_CHECK(same_sizes(tensor, {rows, columns}), name, " must be (", rows, ", ", columns, ")");
+        return tensor;
+    }
+    void check_bias(const Tensor& bias, const char* name, int64_t numbers) const {
+        check_device(bias, name, x, "x");
+        STD_TORCH_CHECK(bias.scalar_type() == ScalarType::Float && same_sizes(bias, {numbers}), name, " must be ",
+                        numbers, " numbers in float32");
+    }
+
+    cuda::Mlp mlp;
+    Tensor x, weight1, bias1;
+
+  private:
+    static constexpr int64_t kPack = 8;  // numbers of 16 bits, read at a time
+};
+
+Tensor mlp(Tensor given, Tensor given_weight1, Tensor given_bias1, Tensor given_weight2, Tensor given_bias2) {
+    const MlpArguments arguments(given, given_weight1, given_bias1);
+    const Tensor& x = arguments.x;
+    cuda::MlpForward mlp{arguments.mlp};
+    STD_TORCH_CHECK(cuda::serves_mlp(mlp.channels, mlp.hidden), "mlp does not serve ", mlp.channels, " channels with ",
+                    mlp.hidden, " hidden units");
+    const Tensor weight2 = arguments.weight(given_weight2, "weight2", mlp.channels, mlp.hidden);
+    const Tensor bias2 = in_packs(given_bias2, 8);
+    arguments.check_bias(bias2, "bias2", mlp.channels);
+    Tensor y = new_tensor(x, sizes_of(x), x.scalar_type());
+    mlp.weight2 = weight2.const_data_ptr();
+    mlp.bias2 = static_cast<const float*>(bias2.const_data_ptr());
+    mlp.y = y.mutable_data_ptr();
+    cuda::mlp_forward(mlp, x.get_device_index());
+    return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_backward(Tensor given_grad, Tensor given, Tensor given_weight1,
+                                                        Tensor given_weight1_t, Tensor given_bias1,
+                                                        Tensor given_weight2_t) {
+    const MlpArguments arguments(given, given_weight1, given_bias1);
+    const Tensor& x = arguments.x;
+    cuda::MlpBackward mlp{arguments.mlp};
+    STD_TORCH_CHECK(cuda::serves_mlp_backward(mlp.channels, mlp.hidden), "mlp has no backward for ", mlp.channels,
+                    " channels with ", mlp.hidden, " hidden units");
+    const Tensor grad = arguments.check(given_grad, "grad");
+    STD_TORCH_CHECK(same_sizes(grad, sizes_of(x)), "grad must have the shape of x");
+    const Tensor weight1_t = arguments.weight(given_weight1_t, "weight1_t", mlp.channels, mlp.hidden);
+    const Tensor weight2_t = arguments.weight(given_weight2_t, "weight2_t", mlp.hidden, mlp.channels);
+    std::vector<int64_t> wide = sizes_of(x);
+    wide.back() = mlp.hidden;
+    Tensor dx = new_tensor(x, sizes_of(x), x.scalar_type());
+    Tensor activation = new_tensor(x, wide, x.scalar_type()), dhidden = new_tensor(x, wide, x.scalar_type());
+    Tensor dbias1 = float_rows(x, mlp.hidden);
+    mlp.grad = grad.const_data_ptr();
+    mlp.weight1_t = weight1_t.const_data_ptr();
+    mlp.weight2_t = weight2_t.const_data_ptr();
+    mlp.dx = dx.mutable_data_ptr();
+    mlp.activation = activation.mutable_data_ptr();
+    mlp.dhidden = dhidden.mutable_data_ptr();
+    mlp.dbias1 = static_cast<float*>(dbias1.mutable_data_ptr());
+    const int device = x.get_device_index();
+    Tensor workspace = new_tensor(x, {cuda::mlp_backward_workspace(mlp, device)}, ScalarType::Byte);
+    cuda::mlp_backward(mlp, workspace.mutable_data_ptr(), device);
+    return {dx, activation, dhidden, dbias1};
 }
 
 // A convolution's arguments, checked, and what describes them. Tensors that had to be made contiguous live in here.
@@ -576,12 +714,18 @@ STABLE_TORCH_LIBRARY_IMPL(vmamba, CUDA, m) {
     m.impl("selective_scan", TORCH_BOX(&vmamba::forward<vmamba::kCuda>));
     m.impl("selective_scan_forward", TORCH_BOX(&vmamba::forward<vmamba::kCuda>));
     m.impl("selective_scan_backward", TORCH_BOX(&vmamba::backward<vmamba::kCuda>));
+    m.impl("selective_scan_rows_backward", TORCH_BOX(&vmamba::rows_backward));
     m.impl("layer_norm", TORCH_BOX(&vmamba::layer_norm));
     m.impl("layer_norm_forward", TORCH_BOX(&vmamba::layer_norm_forward));
     m.impl("layer_norm_backward", TORCH_BOX(&vmamba::layer_norm_backward));
     m.impl("add_layer_norm", TORCH_BOX(&vmamba::add_layer_norm));
     m.impl("add_layer_norm_backward", TORCH_BOX(&vmamba::add_layer_norm_backward));
+    m.impl("gelu", TORCH_BOX(&vmamba::gelu_with_bias));
+    m.impl("gelu_forward", TORCH_BOX(&vmamba::gelu));
     m.impl("gelu_backward", TORCH_BOX(&vmamba::gelu_backward));
+    m.impl("mlp", TORCH_BOX(&vmamba::mlp));
+    m.impl("mlp_forward", TORCH_BOX(&vmamba::mlp));
+    m.impl("mlp_backward", TORCH_BOX(&vmamba::mlp_backward));
     m.impl("depthwise_conv", TORCH_BOX(&vmamba::depthwise_conv));
     m.impl("depthwise_conv_forward", TORCH_BOX(&vmamba::depthwise_conv));
     m.impl("depthwise_conv_backward", TORCH_BOX(&vmamba::depthwise_conv_backward));

@@ -65,12 +65,14 @@ struct Scan {
     int64_t checkpoint_steps = 0;
 };
 
-// Where the backward writes: contiguous, in the shapes of the inputs. Null for an absent input.
+// Where the backward writes: contiguous, in the shapes of the inputs, but for what row_stride says. Null for an absent
+// input.
 struct Gradients {
     void* u = nullptr;  // in Scan::dtype, like dt, B and C
     void* dt = nullptr;
     void* B = nullptr;
     void* C = nullptr;
+    int64_t row_stride = 0;  // where low-rank dt, B and C are parts of longer rows: how long those are. CUDA only.
     float* A = nullptr;
     float* D = nullptr;
     float* dt_weight = nullptr;

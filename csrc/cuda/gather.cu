@@ -225,6 +225,7 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(const __grid_cons
         source_feature = rank + (of_c ? cut.group : 0) + f % cut.group;
     }
     if (!target || k_out >= outputs) return;
+    const int64_t row_stride = args.gradients.row_stride ? args.gradients.row_stride : size;
     const int row_features = rank + 2 * cut.group;
     const int k_begin = outputs == 1 ? 0 : k_out, k_end = outputs == 1 ? static_cast<int>(s.directions) : k_out + 1;
     const int64_t image_rows = s.directions * cut.groups * cut.tiles * s.steps * row_features;
@@ -248,7 +249,7 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(const __grid_cons
 #pragma unroll
     for (int j = 0; j < Images; ++j)
         if (image + j < s.batch)
-            store_as(target, (((image + j) * s.length + l) * outputs + k_out) * size + f, total[j], s.dtype);
+            store_as(target, (((image + j) * s.length + l) * outputs + k_out) * row_stride + f, total[j], s.dtype);
 }
 
 // One block: 32 channels of one parameter row of one direction; its 8 rows of threads split the partial results.

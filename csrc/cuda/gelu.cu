@@ -1,11 +1,11 @@
-// GELU's backward, which sums its result over the rows on the way: that is the gradient of the bias of the linear layer
-// before, for which the whole result would be read again.
+// GELU, and its backward, which sums its result over the rows on the way: that is the gradient of the bias of the
+// linear layer before, for which the whole result would be read again.
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
 #include <type_traits>
 
-#include "device.cuh"
+#include "gelu.cuh"
 #include "gelu.h"
 #include "kernels.h"
 
@@ -63,26 +63,59 @@ struct Pack {
     }
 };
 
-// The derivative, Phi(x) + x phi(x), of the normal distribution and its density.
+template <typename T>
+__device__ __forceinline__ float gelu(float x) {
+    if constexpr (std::is_same_v<T, float>) {
+        return x * (0.5f + 0.5f * erff(x * kInvSqrt2));
+    } else {
+        return gelu_fast<T>(x);
+    }
+}
+
 template <typename T>
 __device__ __forceinline__ float gelu_slope(float x) {
-    constexpr float kInvSqrt2 = 0.70710678118654752f, kInvSqrt2Pi = 0.39894228040143268f;
     if constexpr (std::is_same_v<T, float>) {
         return fmaf(x * kInvSqrt2Pi, expf(-0.5f * x * x), 0.5f + 0.5f * erff(x * kInvSqrt2));
     } else {
-        // Abramowitz and Stegun 7.1.26, right to 7e-8: it has the exponential that phi has, and with it there are about
-        // half as many instructions as with erff, none of them a branch.
-        const float e = exp2_fast(-0.5f * kLog2e * x * x);
-        const float t = reciprocal_fast(1.0f + 0.3275911f * kInvSqrt2 * fabsf(x));
-        float tail = 0.5f * 1.061405429f;
-        tail = fmaf(tail, t, 0.5f * -1.453152027f);
-        tail = fmaf(tail, t, 0.5f * 1.421413741f);
-        tail = fmaf(tail, t, 0.5f * -0.284496736f);
-        tail = fmaf(tail, t, 0.5f * 0.254829592f);
-        tail *= t * e;
-        return fmaf(x * kInvSqrt2Pi, e, x < 0.0f ? tail : 1.0f - tail);
+        return GeluSlope(x).slope;
     }
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int kForwardThreads = 256;
+
+template <typename T>
+__global__ void __launch_bounds__(kForwardThreads)
+    forward_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t packs) {
+    const int64_t first = int64_t(blockIdx.x) * kRows<T> * kForwardThreads + threadIdx.x;
+    Pack<T> values[kRows<T>];
+#pragma unroll
+    for (int r = 0; r < kRows<T>; ++r)
+        if (first + r * kForwardThreads < packs) values[r].load(x + (first + r * kForwardThreads) * kPack);
+#pragma unroll
+    for (int r = 0; r < kRows<T>; ++r) {
+        if (first + r * kForwardThreads >= packs) break;
+        float numbers[kPack];
+        values[r].get(numbers);
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) numbers[i] = gelu<T>(numbers[i]);
+        values[r].set(numbers);
+        values[r].store(y + (first + r * kForwardThreads) * kPack);
+    }
+}
+
+template <typename T>
+void run_forward(const void* x, void* y, int64_t packs, cudaStream_t stream) {
+    launch(forward_kernel<T>, ceil_div(packs, kRows<T> * kForwardThreads), kForwardThreads, 0, stream,
+           static_cast<const T*>(x), static_cast<T*>(y), packs);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward
+// ---------------------------------------------------------------------------------------------------------------------
 
 // How blocks cover (rows, columns): each has a tile of columns, `width` packs of each of `side` rows at a time.
 struct Cover {
@@ -168,6 +201,14 @@ void run_backward(const GeluBackward& gelu, float* partial, int device, cudaStre
 }
 
 }  // namespace
+
+void gelu_forward(const void* x, void* y, int64_t count, Scalar dtype, int device) {
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    const auto run = dtype == Scalar::f32    ? run_forward<float>
+                     : dtype == Scalar::bf16 ? run_forward<__nv_bfloat16>
+                                             : run_forward<__half>;
+    run(x, y, count / kPack, current_stream(device));
+}
 
 int64_t gelu_backward_workspace(const GeluBackward& gelu, int device) {
     const Cover cover = gelu.dtype == Scalar::f32 ? cover_of<float>(gelu, device) : cover_of<__half>(gelu, device);

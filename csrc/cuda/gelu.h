@@ -1,4 +1,4 @@
-// The backward of GELU behind a linear layer, with the gradient of that layer's bias; queued on the current stream,
+// GELU behind a linear layer, and its backward, with the gradient of that layer's bias; queued on the current stream,
 // deterministic.
 #pragma once
 
@@ -8,10 +8,13 @@
 
 namespace vmamba::cuda {
 
-constexpr int kGeluPack = 8;  // columns a thread has
+constexpr int kGeluPack = 8;  // numbers a thread has
 inline bool serves_gelu(int64_t columns) {
     return columns > 0 && columns % kGeluPack == 0 && columns < (int64_t{1} << 31);
 }
+
+// count: a multiple of kGeluPack.
+void gelu_forward(const void* x, void* y, int64_t count, Scalar dtype, int device);
 
 struct GeluBackward {
     const void* grad = nullptr;  // (rows, columns), contiguous, as x and dx

@@ -1,4 +1,4 @@
-"""The CUDA kernel of GELU's backward and the bias's gradient, against PyTorch's in float64."""
+"""The CUDA kernels of GELU and of its backward with the bias's gradient, against PyTorch's in float64."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 
-backward = torch.ops.vmamba.gelu_backward
+forward, backward = torch.ops.vmamba.gelu_forward, torch.ops.vmamba.gelu_backward
 
 
 def exactly(grad, x):
@@ -42,6 +42,16 @@ def test_gradients(rows, hidden, dtype):
     )
 
 
+@pytest.mark.parametrize("shape", [(1, 8), (3, 104), (12007, 1000), (0, 64), (2, 3, 5, 48)], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_forward(shape, dtype):
+    torch.manual_seed(0)
+    x = (2 * torch.randn(shape, device="cuda")).to(dtype)
+    y = forward(x)
+    assert y.dtype == dtype and relative_error(y, F.gelu(x.double())) < TOLERANCE[dtype]
+    assert torch.equal(torch.ops.vmamba.gelu(x, x.flatten()[:0]), y)
+
+
 def test_more_rows_than_the_blocks_hold_at_once():
     check(*torch.randn(2, 1_000_003, 8, device="cuda", dtype=torch.bfloat16).abs())
 
@@ -53,6 +63,9 @@ def test_every_magnitude(dtype):
     rounding = {torch.float32: 2e-7, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     want, _ = exactly(torch.ones_like(x), x)
     assert ((dx - want).abs() <= rounding * want.abs() + 2e-7).all()
+    rounding = {torch.float32: 4e-7, torch.bfloat16: 2**-8 + 3e-4, torch.float16: 2**-11 + 1e-5}[dtype]
+    want = F.gelu(x.double())
+    assert ((forward(x) - want).abs() <= rounding * want.abs() + 3e-7).all()
 
 
 def test_no_rows():
@@ -93,16 +106,27 @@ def test_linear_gelu(autocast, compiled):
     torch.compiler.reset()
     inputs = leaves()
     function = torch.compile(linear_gelu, fullgraph=True) if compiled else linear_gelu
+
+    def results(function, inputs):
+        y = function(*inputs)
+        torch.manual_seed(0)
+        return y, *torch.autograd.grad(y, inputs, torch.randn_like(y))
+
+    def plainly(x, weight, bias):
+        return F.gelu(F.linear(x, weight, bias))
+
     with torch.autocast("cuda", autocast or torch.bfloat16, enabled=autocast is not None):
-        got, want = function(*inputs), F.gelu(F.linear(*inputs))
-    assert compiled or "eager_gelu" in got.grad_fn.name()
-    tolerance = 4 * TOLERANCE[autocast or torch.float32]  # both are rounded, here and there
-    assert got.dtype == want.dtype and relative_error(got, want.double()) < tolerance
-    grad = torch.randn_like(want)
-    for found, wanted in zip(
-        torch.autograd.grad(got, inputs, grad), torch.autograd.grad(want, inputs, grad), strict=True
-    ):
-        assert found.dtype == torch.float32 and relative_error(found, wanted.double()) < tolerance
+        found, theirs = results(function, inputs), results(plainly, inputs)
+    assert compiled or "eager_gelu" in found[0].grad_fn.name()
+    double = [t.detach().double().requires_grad_() for t in inputs]
+    truth = plainly(*double)
+    torch.manual_seed(0)
+    grad = torch.randn_like(found[0])  # as rounded as theirs
+    wanted = truth, *torch.autograd.grad(truth, double, grad.double())
+    for name, got, their, want in zip(("y", "dx", "dweight", "dbias"), found, theirs, wanted, strict=True):
+        assert got.dtype == their.dtype
+        ours, errs = relative_error(got, want), relative_error(their, want)
+        assert ours < 1.5 * errs + 1e-6, f"{name}: {ours:.2e}, PyTorch {errs:.2e}"
 
 
 def test_captured_in_a_graph():
@@ -153,6 +177,8 @@ def test_there_is_no_second_derivative():
 
 def test_what_it_refuses():
     x = torch.randn(4, 16, device="cuda")
+    with pytest.raises(RuntimeError, match="multiples of 8 numbers"):
+        forward(x[:1, :12])
     with pytest.raises(RuntimeError, match="multiples of 8"):
         backward(x[:, :12], x[:, :12])
     with pytest.raises(RuntimeError, match="shape and dtype"):

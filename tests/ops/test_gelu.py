@@ -16,7 +16,7 @@ def kernels():
         dx = torch.ops.aten.gelu_backward(grad, x)
         return dx, dx.float().flatten(0, -2).sum(0)
 
-    with standing_in("gelu", gelu_backward=gradients):
+    with standing_in("gelu", gelu=lambda x, bias: F.gelu(x), gelu_forward=F.gelu, gelu_backward=gradients):
         yield
 
 
@@ -64,8 +64,21 @@ def test_gradients_under_autocast_have_the_dtypes_of_the_parameters():
 def test_without_a_gradient_of_the_bias_it_is_torchs():
     x, weight, bias = leaves()
     assert linear_gelu(x, weight, bias.detach()).grad_fn.name() == "GeluBackward0"
-    with torch.no_grad():
-        assert linear_gelu(x, weight, bias).grad_fn is None
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_without_any_gradient_the_kernel_is_called(compiled):
+    torch.compiler.reset()
+    inputs, calls = leaves(), []
+
+    def seen(x):
+        calls.append(x.shape)
+        return F.gelu(x)
+
+    function = torch.compile(linear_gelu, fullgraph=True) if compiled else linear_gelu
+    with standing_in("gelu", gelu_forward=seen), torch.no_grad():
+        torch.testing.assert_close(function(*inputs), plainly(*inputs))
+    assert calls == [(2, 5, 8)]
 
 
 @pytest.mark.usefixtures("kernels")
@@ -83,6 +96,7 @@ def test_what_is_registered():
     bias = leaves()[2]
     hidden = torch.randn(2, 5, 8, requires_grad=True)
     torch.library.opcheck(torch.ops.vmamba.gelu, (hidden, bias))
+    torch.library.opcheck(torch.ops.vmamba.gelu_forward, (hidden.detach(),))
     torch.library.opcheck(torch.ops.vmamba.gelu_backward, (hidden.detach(), hidden.detach()))
 
 

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vmamba.layers.plain import is_plain
 from vmamba.ops import selective_scan
+from vmamba.ops.projected_scan import projected_scan, serves_projected_scan
 from vmamba.ops.selective_scan import Result
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -80,11 +82,15 @@ class SelectiveSSM(nn.Module):
             In float32, the sum over directions and visits, (batch, L, D), or another ``result`` of
             :func:`vmamba.ops.selective_scan`.
         """
+        A = -torch.exp(self.A_log.float())
+        weight = self.x_proj.weight
+        if is_plain(self.x_proj, nn.Linear) and serves_projected_scan(u, weight, self.dt_weight, route, result):
+            return projected_scan(u, weight, A, self.D, self.dt_weight, self.dt_bias, route, result)
         dt, B, C = self.project(u)
         return selective_scan(
             u,
             dt,
-            -torch.exp(self.A_log.float()),
+            A,
             B,
             C,
             self.D,

@@ -5,6 +5,7 @@ from vmamba.ops.drawing import draw_route
 from vmamba.ops.extension import BackendInfo, backend_info
 from vmamba.ops.gelu import linear_gelu
 from vmamba.ops.layer_norm import add_layer_norm, layer_norm
+from vmamba.ops.mlp import mlp
 from vmamba.ops.recording import ScanCall, record_scans
 from vmamba.ops.reference import selective_scan_reference
 from vmamba.ops.routes import (
@@ -32,6 +33,7 @@ __all__ = [
     "layer_norm",
     "linear_gelu",
     "list_routes",
+    "mlp",
     "record_scans",
     "register_route",
     "reverse",

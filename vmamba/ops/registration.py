@@ -14,6 +14,8 @@ from vmamba.ops import extension, schema
 from vmamba.ops.autocast import autocast_dtype
 from vmamba.ops.eager import differentiable
 
+ONCE = "selective_scan is differentiable once; for second derivatives pass backend='reference', or drop create_graph"
+
 
 def checkpoint_steps(device_type: str, states: int) -> int:
     """The forward keeps the state at every so many steps for the backward, which recomputes the states in between.
@@ -125,13 +127,15 @@ def refuse_derivative(backward: str, message: str) -> None:
     torch.library.register_autograd(f"vmamba::{backward}", refuse, lib=LIBRARY)
 
 
-def _scan_flops(u_shape, dt_shape, A_shape, B_shape, *args, **kwargs) -> int:
-    """9 * B*K*T*D*N for the recurrence, B*K*T*D for the skip, 2 * B*K*T*D*R where dt is low-rank."""
-    dt_weight_shape, route_shape = args[2], args[4]
+def scan_flops(u_shape: torch.Size, A_shape: torch.Size, rank: int, route_shape: torch.Size) -> int:
+    """9 * B*K*T*D*N for the recurrence, B*K*T*D for the skip, 2 * B*K*T*D*R where dt is of rank R > 0."""
     directions, steps = route_shape[-2:]
-    elements = u_shape[0] * directions * steps * u_shape[-1]
-    low_rank = 2 * dt_weight_shape[-1] if dt_weight_shape is not None else 0
-    return elements * (9 * A_shape[-1] + 1 + low_rank)
+    return u_shape[0] * directions * steps * u_shape[-1] * (9 * A_shape[-1] + 1 + 2 * rank)
+
+
+def _scan_flops(u_shape, dt_shape, A_shape, B_shape, *args, **kwargs) -> int:
+    dt_weight_shape, route_shape = args[2], args[4]
+    return scan_flops(u_shape, A_shape, 0 if dt_weight_shape is None else dt_weight_shape[-1], route_shape)
 
 
 def _scan_backward_flops(grad_shape, checkpoints_shape, *args, **kwargs) -> int:
@@ -164,10 +168,7 @@ def _register() -> None:
     register_flop_formula(torch.ops.vmamba.selective_scan_backward)(_scan_backward_flops)
     LIBRARY.define(f"cpu_isa{schema.CPU_ISA}")
     torch.library.register_autograd("vmamba::selective_scan", _backward, setup_context=_setup_context, lib=LIBRARY)
-    refuse_derivative(
-        "selective_scan_backward",
-        "selective_scan is differentiable once; for second derivatives pass backend='reference', or drop create_graph",
-    )
+    refuse_derivative("selective_scan_backward", ONCE)
     extension.load()
 
 

@@ -11,6 +11,22 @@ BACKWARD = (
 )
 CPU_ISA = "() -> str"
 
+PROJECTED_SCAN = (
+    "(Tensor u, Tensor weight, Tensor A, Tensor D, Tensor dt_weight, Tensor dt_bias, Tensor route, str result, "
+    "ScalarType out_dtype, int checkpoint_steps) -> (Tensor, Tensor, Tensor)"
+)
+"""The result, the checkpoints, and the parameters (batch, L, K, R + 2N) that were projected."""
+_ROWS = (
+    "Tensor grad, Tensor checkpoints, Tensor u, Tensor params, {weight}Tensor A, Tensor D, Tensor dt_weight, "
+    "Tensor dt_bias, Tensor route, str result, int checkpoint_steps"
+)
+ROWS_BACKWARD = f"({_ROWS.format(weight='')}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+"""Gradients of u, params, A, D, dt_weight and dt_bias."""
+PROJECTED_SCAN_BACKWARD = (
+    f"({_ROWS.format(weight='Tensor weight, ')}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+"""Gradients of u, weight, A, D, dt_weight and dt_bias."""
+
 FORWARD_OPS = ("selective_scan", "selective_scan_forward")
 """Differentiable, and without autograd; the same kernel."""
 
@@ -27,8 +43,16 @@ ADD_LAYER_NORM_BACKWARD = (
 )
 
 GELU = "(Tensor x, Tensor bias) -> Tensor"
+GELU_FORWARD = "(Tensor x) -> Tensor"
 GELU_BACKWARD = "(Tensor grad, Tensor x) -> (Tensor, Tensor)"
 """The second is the gradient of the bias, which is in x already."""
+
+MLP = "(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) -> Tensor"
+MLP_BACKWARD = (
+    "(Tensor grad, Tensor x, Tensor weight1, Tensor weight1_t, Tensor bias1, Tensor weight2_t) -> "
+    "(Tensor, Tensor, Tensor, Tensor)"
+)
+"""Gradient of x, what is hidden behind GELU, the gradient of what is hidden before it, and its sums over positions."""
 
 _CONV = (
     "Tensor x, SymInt[] size, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "

@@ -1,0 +1,232 @@
+"""A narrow MLP as one operator: what surrounds the CUDA kernels, with PyTorch in their place."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.ops.standing_in import standing_in
+from vmamba.layers import Mlp
+from vmamba.ops import mlp
+
+module = sys.modules["vmamba.ops.mlp"]  # the package has a function of that name
+CHANNELS, HIDDEN = 64, 96
+
+
+def plainly(x, weight1, bias1, weight2, bias2):
+    return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+
+
+def forward(x, weight1, bias1, weight2, bias2):
+    assert bias1.dtype == bias2.dtype == torch.float32
+    return plainly(x, weight1, bias1.to(x.dtype), weight2, bias2.to(x.dtype))
+
+
+def backward(grad, x, weight1, weight1_t, bias1, weight2_t):
+    assert weight1_t.is_contiguous() and weight2_t.is_contiguous()
+    hidden = F.linear(x, weight1, bias1.to(x.dtype))
+    dhidden = torch.ops.aten.gelu_backward(grad @ weight2_t.t(), hidden)
+    return dhidden @ weight1_t.t(), F.gelu(hidden), dhidden, dhidden.float().flatten(0, -2).sum(0)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    monkeypatch.setattr(module, "_FEWEST_POSITIONS", 8)
+    with standing_in("mlp", mlp=forward, mlp_forward=forward, mlp_backward=backward):
+        yield
+
+
+def leaves(dtype=torch.float32, channels=CHANNELS, hidden=HIDDEN):
+    torch.manual_seed(0)
+    shapes = (2, 5, 3, channels), (hidden, channels), (hidden,), (channels, hidden), (channels,)
+    return [(torch.randn(shape) / shape[-1] ** 0.5).to(dtype).requires_grad_() for shape in shapes]
+
+
+def results(function, inputs):
+    y = function(*inputs)
+    return y, *torch.autograd.grad(y.square().sum(), [t for t in inputs if t.requires_grad])
+
+
+def test_without_the_kernel_it_is_torchs():
+    inputs = leaves()
+    y = mlp(*inputs)
+    assert y.grad_fn.name() == plainly(*inputs).grad_fn.name() and torch.equal(y, plainly(*inputs))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients(dtype):
+    inputs = leaves(dtype)
+    found, wanted = results(mlp, inputs), results(plainly, inputs)
+    assert "eager_mlp" in found[0].grad_fn.name()
+    assert [g.dtype for g in found] == [dtype] * 6
+    tolerance = {} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    torch.testing.assert_close(found, wanted, **tolerance)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_gradients_under_autocast_have_the_dtypes_of_the_parameters():
+    inputs = leaves()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mlp(*inputs).dtype == torch.bfloat16
+        found, wanted = results(mlp, inputs), results(plainly, inputs)
+    assert all(g.dtype == torch.float32 for g in found[1:])
+    for got, want in zip(found, wanted, strict=True):
+        assert (got - want).norm() < 2e-2 * want.norm()
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("asked", [[0], [1], [2], [3, 4], [0, 4]], ids=str)
+def test_some_gradients_only(asked):
+    inputs = [t.detach().requires_grad_(i in asked) for i, t in enumerate(leaves())]
+    torch.testing.assert_close(results(mlp, inputs), results(plainly, inputs))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_without_gradients():
+    inputs = leaves()
+    with torch.no_grad():
+        y = mlp(*inputs)
+    assert y.grad_fn is None and torch.equal(y, plainly(*inputs))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("sizes", "training", "served"),
+    [
+        ((64, 32), True, True),
+        ((96, 384), True, True),
+        ((96, 1024), True, True),
+        ((96, 1056), True, False),
+        ((96, 40), True, False),
+        ((128, 512), True, False),
+        ((128, 512), False, True),
+        ((192, 768), False, False),
+    ],
+    ids=str,
+)
+def test_what_is_served(sizes, training, served):
+    inputs = leaves(torch.bfloat16, *sizes)
+    with torch.set_grad_enabled(training):
+        assert module.serves_mlp(*inputs) == served
+
+
+@pytest.mark.usefixtures("kernels")
+def test_few_positions_are_left_to_torch():
+    x, *weights = leaves()
+    assert module.serves_mlp(x[:1, :2, :4], *weights) is False and module.serves_mlp(x[:1], *weights)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_two_dtypes_are_refused_as_ever():
+    x, *weights = leaves()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        mlp(x.bfloat16(), *weights)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_what_is_registered():
+    x, weight1, bias1, weight2, bias2 = leaves()
+    torch.library.opcheck(torch.ops.vmamba.mlp, (x, weight1, bias1, weight2, bias2))
+    with torch.no_grad():
+        torch.library.opcheck(torch.ops.vmamba.mlp_forward, (x, weight1, bias1, weight2, bias2))
+        transposed = weight1.t().contiguous(), bias1, weight2.t().contiguous()
+        operands = [t.detach() for t in (torch.ones_like(x), x, weight1, *transposed)]
+        torch.library.opcheck(torch.ops.vmamba.mlp_backward, operands)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_to_one_graph(backend):
+    torch.compiler.reset()
+    inputs = leaves()
+    compiled = torch.compile(mlp, fullgraph=True, backend=backend)
+    torch.testing.assert_close(results(compiled, inputs), results(plainly, inputs))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_floating_point_operations_are_those_of_two_layers():
+    inputs, counts = leaves(), []
+    for function in (mlp, plainly):
+        with FlopCounterMode(display=False) as counter:
+            function(*inputs).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.usefixtures("kernels")
+def test_there_is_no_second_derivative():
+    inputs = leaves()
+    for function in (mlp, lambda *inputs: torch.ops.vmamba.mlp(*inputs)):
+        (gradient,) = torch.autograd.grad(function(*inputs).square().sum(), inputs[0], create_graph=True)
+        with pytest.raises(NotImplementedError, match="differentiable once"):
+            gradient.sum().backward()
+
+
+# -- The layer --------------------------------------------------------------------------------------------------------
+
+
+def is_fused(layer, x):
+    y = layer(x)  # without which the graph is gone
+    return "eager_mlp" in y.grad_fn.name()
+
+
+def layers(**options):
+    """Ours, and timm's with its weights."""
+    torch.manual_seed(0)
+    ours, theirs = Mlp(CHANNELS, HIDDEN, **options), Mlp.__base__(CHANNELS, HIDDEN, **options)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_agrees(compiled):
+    torch.compiler.reset()
+    ours, theirs = layers()
+    x = leaves()[0]
+    assert is_fused(ours, x)
+    function = torch.compile(ours, fullgraph=True) if compiled else ours
+    found, wanted = (
+        (y := f(x), *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]))
+        for f, layer in ((function, ours), (theirs, theirs))
+    )
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_dropout_is_applied_in_training_and_fused_out_of_it():
+    ours, theirs = layers(drop=0.5)
+    x = leaves()[0]
+    assert not is_fused(ours, x) and is_fused(ours.eval(), x)
+    ours.train()
+    torch.manual_seed(0)
+    y = ours(x)
+    torch.manual_seed(0)
+    assert torch.equal(y, theirs(x))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.fc2.register_forward_hook(lambda *_: None),
+        lambda layer: layer.drop1.register_forward_pre_hook(lambda *_: None),
+        lambda layer: layer.act.register_full_backward_hook(lambda *_: None),
+        lambda layer: setattr(layer.fc2, "forward", layer.fc2.forward),
+        lambda layer: setattr(layer, "fc2", nn.Linear(HIDDEN, CHANNELS, bias=False)),
+        lambda layer: setattr(layer, "fc2", nn.Linear(HIDDEN, CHANNELS + 8)),
+        lambda layer: setattr(layer, "norm", nn.LayerNorm(HIDDEN)),
+        lambda layer: setattr(layer, "act", nn.GELU("tanh")),
+    ],
+    ids=["hook", "pre-hook", "backward hook", "forward", "no bias", "width", "norm", "tanh"],
+)
+def test_a_layer_calls_what_is_not_plain(change):
+    layer = Mlp(CHANNELS, HIDDEN)
+    x = leaves()[0]
+    assert is_fused(layer, x)
+    change(layer)
+    assert not is_fused(layer, x)

@@ -1,0 +1,127 @@
+"""The MLP of a narrow residual block as one kernel: the hidden map, four times as wide, never reaches memory.
+
+A linear layer of few channels is bound by what it reads and writes. In 16 bits the kernel here reads the map and writes
+the result; for the backward pass it keeps the map alone and computes the hidden one again. Its results are a little
+closer to exact ones than those of three layers, which round twice on the way. Where it does not serve, on a CPU, in
+float32, for wide blocks or few positions, PyTorch's operators do.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.models import register_notrace_function
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vmamba.ops import extension, schema
+from vmamba.ops.autocast import autocast_dtype
+from vmamba.ops.eager import differentiable
+from vmamba.ops.registration import LIBRARY, refuse_derivative
+
+# serves_mlp and serves_mlp_backward in csrc/cuda/mlp.h
+_CHANNELS = (64, 96, 128)
+_CHANNELS_BACKWARD = (64, 96)
+_CHUNK, _MOST_HIDDEN = 32, 1024
+
+_FEWEST_POSITIONS = 16384
+"""With fewer there are not enough rows for every multiprocessor, and three small products are as fast."""
+
+
+@register_notrace_function
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    """``linear(gelu(linear(x, weight1, bias1)), weight2, bias2)``, with the exact GELU.
+
+    Args:
+        x: (..., channels).
+        weight1: (hidden, channels).
+        bias1: (hidden).
+        weight2: (channels, hidden).
+        bias2: (channels).
+
+    Returns:
+        Of the shape of ``x``; under autocast in its dtype, as of a linear layer.
+    """
+    inputs = (x, weight1, bias1, weight2, bias2)
+    if not serves_mlp(*inputs):
+        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+    dtype = autocast_dtype(x) or x.dtype
+    x, weight1, weight2 = x.to(dtype), weight1.to(dtype), weight2.to(dtype)
+    inputs = (x, weight1, bias1.float(), weight2, bias2.float())
+    if not _asks_for_gradients(inputs):
+        return torch.ops.vmamba.mlp_forward(*inputs)
+    return (torch.ops.vmamba.mlp if torch.compiler.is_compiling() else _eager_mlp)(*inputs)
+
+
+def serves_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> bool:
+    """Whether :func:`mlp` has a kernel for these tensors, and it is the faster way."""
+    channels = _CHANNELS_BACKWARD if _asks_for_gradients((x, weight1, bias1, weight2, bias2)) else _CHANNELS
+    hidden, width = weight1.shape
+    return (
+        _has_kernel(x)
+        and (autocast_dtype(x) is not None or x.dtype == weight1.dtype == weight2.dtype)
+        and width in channels
+        and x.shape[-1] == width
+        and weight2.shape == (width, hidden)
+        and hidden % _CHUNK == 0
+        and hidden <= _MOST_HIDDEN
+        and x.numel() >= _FEWEST_POSITIONS * width
+    )
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return (
+        x.is_cuda and extension.has_kernel("cuda") and (autocast_dtype(x) or x.dtype) in (torch.bfloat16, torch.float16)
+    )
+
+
+def _asks_for_gradients(inputs: tuple[Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+
+
+def _fake(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, weight1: Tensor, weight1_t: Tensor, bias1: Tensor, weight2_t: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    activation = x.new_empty((*x.shape[:-1], weight1.shape[0]))
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), activation, activation.clone(), torch.empty_like(bias1)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight1, bias1, weight2, _bias2 = inputs
+    ctx.save_for_backward(x, weight1, bias1, weight2)
+
+
+def _backward(ctx, grad):
+    x, weight1, bias1, weight2 = ctx.saved_tensors
+    dx, activation, dhidden, dbias1 = torch.ops.vmamba.mlp_backward(
+        grad, x, weight1, weight1.t().contiguous(), bias1, weight2.t().contiguous()
+    )
+    rows = grad.reshape(-1, grad.shape[-1])
+    dweight1 = dhidden.flatten(0, -2).t() @ x.reshape(rows.shape)
+    dweight2 = rows.t() @ activation.flatten(0, -2)
+    return dx, dweight1, dbias1, dweight2, rows.sum(0, dtype=torch.float32)
+
+
+def _flops(x_shape, weight1_shape, *args, **kwargs) -> int:
+    """Two products."""
+    return 4 * x_shape.numel() * weight1_shape[0]
+
+
+def _backward_flops(grad_shape, x_shape, weight1_shape, *args, **kwargs) -> int:
+    """The two products that a gradient of ``x`` takes, as of two layers: computing again is not counted."""
+    return 4 * x_shape.numel() * weight1_shape[0]
+
+
+for _op in ("mlp", "mlp_forward"):
+    LIBRARY.define(f"{_op}{schema.MLP}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"vmamba::{_op}", _fake, lib=LIBRARY)
+    register_flop_formula(getattr(torch.ops.vmamba, _op))(_flops)
+LIBRARY.define(f"mlp_backward{schema.MLP_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.register_fake("vmamba::mlp_backward", _fake_backward, lib=LIBRARY)
+register_flop_formula(torch.ops.vmamba.mlp_backward)(_backward_flops)
+torch.library.register_autograd("vmamba::mlp", _backward, setup_context=_setup_context, lib=LIBRARY)
+refuse_derivative("mlp_backward", "vmamba's mlp is differentiable once; use torch.nn.functional.linear and gelu")
+
+_eager_mlp = differentiable(torch.ops.vmamba.mlp_forward, _setup_context, _backward)
