@@ -1,6 +1,7 @@
 """The benchmark engine on a CPU: what is run, timed, weighed and written."""
 
 import csv
+import itertools
 import json
 import math
 import time
@@ -9,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from torch import nn
 
 import tests.analysis.benchmark_models  # noqa: F401  (registers bench_*)
@@ -291,7 +293,20 @@ def test_pictures(tmp_path):
     ]
 
 
-def test_labels_of_neighbours_are_apart(tmp_path, monkeypatch):
+NEIGHBOURS = {"vmamba_tiny": 100.0, "convnext_tiny": 100.5, "vmamba_tiny_s2l5": 99.5, "msvmamba_tiny": 100.0}
+CROWD = {
+    "vmamba_tiny": 2480.0,
+    "vmamba_tiny_s2l5": 2470.0,
+    "msvmamba_tiny": 2030.0,
+    "convnext_tiny": 2040.0,
+    "swin_tiny_patch4_window7_224": 2420.0,
+    "vim_tiny_patch16_224": 1000.0,
+}
+"""Here one label has to make room for another that is placed after it."""
+
+
+@pytest.mark.parametrize("rates", [NEIGHBOURS, CROWD], ids=["neighbours", "crowd"])
+def test_labels_of_neighbours_are_apart(tmp_path, monkeypatch, rates):
     figures, save = [], Figure.savefig
 
     def keep(figure, *args, **kwargs):
@@ -299,7 +314,6 @@ def test_labels_of_neighbours_are_apart(tmp_path, monkeypatch):
         save(figure, *args, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", keep)
-    rates = {"vmamba_tiny": 100.0, "convnext_tiny": 100.5, "vmamba_tiny_s2l5": 99.5, "msvmamba_tiny": 100.0}
     draw(
         [Result(Job(model), replace(FIGURES, images_per_s=rate)) for model, rate in rates.items()],
         ENVIRONMENT,
@@ -308,7 +322,8 @@ def test_labels_of_neighbours_are_apart(tmp_path, monkeypatch):
     (ax,) = figures[0].axes
     boxes = [label.get_window_extent() for label in ax.texts]
     assert len(boxes) == len(rates)
-    assert [box.count_overlaps(boxes) for box in boxes] == [1] * len(boxes)  # itself
+    common = [Bbox.intersection(a, b) for a, b in itertools.combinations(boxes, 2)]
+    assert all(box is None or box.height < 0.1 * boxes[0].height for box in common)  # less than the space around letters
     assert all(ax.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
 
 

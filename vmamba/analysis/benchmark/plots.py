@@ -40,6 +40,7 @@ def draw(results: list[Result], environment: Environment, stem: Path) -> list[Pa
     for end, figure in zip(PICTURES, (_accuracy(good), _resolution(good)), strict=True):
         if figure is not None:
             figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+            _place_labels(figure)
             path = stem.with_name(stem.name + end)
             with replaced(path) as temporary:
                 figure.savefig(temporary, dpi=120)
@@ -68,25 +69,44 @@ def _accuracy(results: Group) -> Figure | None:
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.margins(0.25, 0.2)
         _finish(ax, settings, "images/s", "published ImageNet top-1 (%)")
-    _place_labels(figure, axes)
     return figure
 
 
-def _place_labels(figure: Figure, axes: list[Axes]) -> None:
-    """Puts each point's label above it, or where else there is a free place in the panel, if there is one."""
+def _place_labels(figure: Figure) -> None:
+    """Puts each point's label above it, or where else in the panel it covers least of points and other labels."""
     figure.draw_without_rendering()  # which is when the layout is made
-    for ax in axes:
+    for ax in figure.axes:
         half = _MARKER / 2 * figure.dpi / 72
         labels = [text for text in ax.texts if isinstance(text, Annotation)]
-        points = [ax.transData.transform(label.xy) for label in labels]
-        taken = [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in points]
-        for label in labels:
-            for place in (*_LABEL_PLACES, _LABEL_PLACES[0]):
-                label.set(**place)
-                box = label.get_window_extent()
-                if box.count_overlaps(taken) == 0 and all(ax.bbox.contains(*corner) for corner in (box.min, box.max)):
-                    break
-            taken.append(box)
+        centers = [ax.transData.transform(label.xy) for label in labels]
+        points = [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in centers]
+        boxes: dict[Annotation, Bbox] = {}
+        for label in 2 * labels:  # the second time round, each knows where all others are
+            others = points + [box for other, box in boxes.items() if other is not label]
+            boxes[label] = _place(label, others, ax.bbox)
+
+
+def _place(label: Annotation, others: list[Bbox], panel: Bbox) -> Bbox:
+    """Moves a label to the first of its places that covers least, of others or of what is outside its panel."""
+
+    def box_at(place: dict[str, Any]) -> Bbox:
+        label.set(**place)
+        return label.get_window_extent()
+
+    def hidden(place: dict[str, Any]) -> float:
+        box = box_at(place)
+        return sum(_common_area(box, other) for other in others) + _area(box) - _common_area(box, panel)
+
+    return box_at(min(_LABEL_PLACES, key=hidden))
+
+
+def _common_area(a: Bbox, b: Bbox) -> float:
+    common = Bbox.intersection(a, b)
+    return 0.0 if common is None else _area(common)
+
+
+def _area(box: Bbox) -> float:
+    return box.width * box.height
 
 
 _MARKER = 7  # points
