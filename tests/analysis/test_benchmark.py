@@ -323,7 +323,7 @@ def test_labels_of_neighbours_are_apart(tmp_path, monkeypatch, rates):
     boxes = [label.get_window_extent() for label in ax.texts]
     assert len(boxes) == len(rates)
     common = [Bbox.intersection(a, b) for a, b in itertools.combinations(boxes, 2)]
-    assert all(box is None or box.height < 0.1 * boxes[0].height for box in common)  # less than the space around letters
+    assert all(box is None or box.height < 0.1 * boxes[0].height for box in common)  # the space around the letters
     assert all(ax.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
 
 
