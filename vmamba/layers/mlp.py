@@ -3,6 +3,7 @@
 from typing import Any
 
 import timm.layers
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from vmamba.layers.plain import is_plain
@@ -11,6 +12,7 @@ from vmamba.ops.mlp import mlp, serves_mlp
 from vmamba.ops.positions import by_position
 
 
+@register_notrace_module  # how it computes depends on the device
 class Mlp(timm.layers.Mlp):
     """timm's MLP, of maps (batch, height, width, dim); faster on a GPU."""
 

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from vmamba.layers.plain import is_plain
@@ -20,6 +21,7 @@ def dt_rank(dim: int) -> int:
     return math.ceil(dim / 16)
 
 
+@register_notrace_module  # how it computes depends on the device
 class SelectiveSSM(nn.Module):
     """Input-dependent scan of a map along several directions, each with its own parameters (Mamba's S6).
 
