@@ -220,7 +220,7 @@ def test_interrupted_run_says_how_to_go_on(data, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert f"vmamba train --resume {tmp_path / 'run'}" in out
     assert err.strip().splitlines()[-1] == "vmamba: interrupted"
     assert "Traceback" not in err
