@@ -91,8 +91,7 @@ bool loads_packs(const ConvMap& map, const DepthwiseConv& conv) {
 constexpr int kBlocksPerProcessor = 6;  // two or three run at a time
 
 int blocks_of_backward(const DepthwiseConv& conv, int device) {
-    int processors = 0;
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    const int processors = device_attribute(cudaDevAttrMultiProcessorCount, device);
     const int64_t others = conv.directions * ceil_div(conv.channels, ConvLayout::kMostChannels);
     const int64_t tiles = ceil_div(conv.batch * conv.out_height * ceil_div(conv.out_width, 8), 32);
     return static_cast<int>(

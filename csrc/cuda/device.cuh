@@ -234,6 +234,18 @@ __device__ __forceinline__ void mma_bf16(float (&acc)[4], uint32_t a0, uint32_t 
         : "r"(a0), "r"(a1), "r"(b));
 }
 
+// 16x8 += 16x16 * 16x8 in T, bfloat16 or float16, with lanes as for bfloat16 above.
+template <typename T>
+__device__ __forceinline__ void mma_16bit(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (std::is_same_v<T, __half>) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    } else {
+        mma_bf16(acc, a[0], a[1], a[2], a[3], b0, b1);
+    }
+}
+
 // The transpose of an 8x8 matrix of 16-bit numbers, of which lane g * 4 + q holds row g, columns 2q and 2q + 1.
 __device__ __forceinline__ uint32_t transpose(uint32_t x) {
     uint32_t y;

@@ -20,19 +20,6 @@ namespace vmamba::cuda {
 
 constexpr int kFusedChannels = 16;
 
-// acc (16 x 8) += a (16 x 16) * b (16 x 8). Lane g * 4 + q holds a at {(g, 2q), (g + 8, 2q), (g, 2q + 8), (g + 8, 2q +
-// 8)} and b at {(2q, g), (2q + 8, g)}, each with its right or lower neighbour; acc as for tf32.
-template <typename T>
-__device__ __forceinline__ void mma_16bit(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if constexpr (std::is_same_v<T, __half>) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    } else {
-        mma_bf16(acc, a[0], a[1], a[2], a[3], b0, b1);
-    }
-}
-
 // States that one warp hands to another through shared memory, each in one word with the turn they belong to: whoever
 // reads the turn has read the state, without a fence.
 struct Handover {

@@ -128,8 +128,7 @@ struct Cover {
 
 template <typename T>
 Cover cover_of(const GeluBackward& gelu, int device) {
-    int processors = 0;
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    const int processors = device_attribute(cudaDevAttrMultiProcessorCount, device);
     const int64_t packs = gelu.columns / kPack;
     Cover cover;
     cover.width = balanced_tile(packs, kMostThreads, 1);

@@ -16,6 +16,12 @@ enum class Pass { summary, output };
 // A failed CUDA call or launch becomes an exception (scan_cuda.cu, which knows how torch words it).
 void check(cudaError_t status);
 
+inline int device_attribute(cudaDeviceAttr which, int device) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device));
+    return value;
+}
+
 // The stream torch queues its work on, on this device.
 cudaStream_t current_stream(int device);
 

@@ -271,8 +271,7 @@ auto with_shape(int64_t channels, F f) {
 }
 
 int backward_blocks(const LayerNorm& norm, int device) {
-    int processors = 0;
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    const int processors = device_attribute(cudaDevAttrMultiProcessorCount, device);
     return with_shape(norm.channels, [&](auto shape) {
         constexpr int kRows = kWarpsPerBlock * decltype(shape)::kRowsAWarp;
         const int64_t wanted = (norm.rows + kRows - 1) / kRows, most = int64_t(processors) * kResident<shape.kPacks>;

@@ -18,15 +18,6 @@ constexpr int kTurns = 3;  // chunks in shared memory where not all fit
 // Operands
 // ---------------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void mma(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16) {
-    mma_bf16(acc, a[0], a[1], a[2], a[3], b0, b1);
-}
-__device__ __forceinline__ void mma(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // Left operands of 16 rows and 32 columns: two products of 16 columns.
 struct Left {
     uint32_t first[4], second[4];
@@ -50,8 +41,8 @@ struct Left {
 
 template <typename T>
 __device__ __forceinline__ void mma(float (&acc)[4], const Left& a, const uint4& b) {
-    mma(acc, a.first, b.x, b.y, T{});
-    mma(acc, a.second, b.z, b.w, T{});
+    mma_16bit<T>(acc, a.first, b.x, b.y);
+    mma_16bit<T>(acc, a.second, b.z, b.w);
 }
 
 // Numbers for the columns of results, as lanes take them: Tiles::fill.

@@ -8,12 +8,6 @@
 
 namespace vmamba::cuda {
 
-inline int device_attribute(cudaDeviceAttr which, int device) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, which, device));
-    return value;
-}
-
 // Blocks that take turns through tiles of rows, one to a multiprocessor.
 inline int blocks_for(int64_t rows, int tile_rows, int device) {
     const int64_t most = device_attribute(cudaDevAttrMultiProcessorCount, device);
