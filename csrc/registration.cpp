@@ -649,6 +649,15 @@ class ConvArguments {
         return {conv.batch, conv.directions, positions, conv.channels};
     }
 
+    // In memory one direction's maps follow the other's, so that each can be multiplied by a matrix of its own as it
+    // lies.
+    Tensor new_output() const {
+        const int64_t positions = conv.out_height * conv.out_width;
+        if (conv.directions == 1) return new_tensor(x, output_sizes(), x.scalar_type());
+        return torch::stable::transpose(
+            new_tensor(x, {conv.directions, conv.batch, positions, conv.channels}, x.scalar_type()), 0, 1);
+    }
+
     DepthwiseConv conv;
     Tensor x, weight;
     OptionalTensor bias;
@@ -665,7 +674,7 @@ Tensor depthwise_conv(Tensor x, std::vector<int64_t> size, Tensor weight, Option
                       std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                       bool replicate, bool residual, bool silu) {
     const ConvArguments arguments(x, size, weight, bias, stride, padding, dilation, replicate, residual, silu);
-    Tensor y = new_tensor(x, arguments.output_sizes(), x.scalar_type());
+    Tensor y = arguments.new_output();
     cuda::depthwise_conv_forward(arguments.conv, y.mutable_data_ptr(), x.get_device_index());
     return y;
 }

@@ -14,6 +14,10 @@
 
 namespace vmamba::cuda {
 
+// Where a step keeps a warp's sum: columns exchange places, so that the four steps that a warp stores together touch
+// different banks.
+__device__ __forceinline__ int spread(int step, int column) { return column ^ (step % 2 * 2 | step / 2 % 2 * 16); }
+
 // What a span adds up, step by step from its last to its first: over the warp's channels, dB = g * gain and dC = h *
 // dy, to a row of B then C for each step; over a channel's states, g * B, of which a lane gets step 4 * half + part.
 template <bool Tensor, int Tile>
@@ -38,7 +42,7 @@ class SpanSums<false, Tile> {
         }
         // Lane bits from 16 down to 4 spell the value: dB or dC, then the state within the lane's four.
         const int lane = threadIdx.x % 32, kind = lane / 16, n = lane / kParts % kPartStates;
-        sums_[j * kStepSums<Tile> + kind * kWideGroup + lane % kParts * kPartStates + n] =
+        sums_[j * kStepSums<Tile> + spread(j, kind * kWideGroup + lane % kParts * kPartStates + n)] =
             scatter_sum<2 * kPartStates, 16>(over_channels);
     }
     __device__ __forceinline__ float over_states(int) { return scatter_sum<kParts, kParts / 2>(over_states_); }
@@ -83,9 +87,10 @@ class SpanSums<true, Tile> {
         const int lane = threadIdx.x % 32, i = lane / 4, state = i / 2 * kPartStates + i % 2;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            float* to = sums_ + (lane % 4 + k % 2 * 4) * kStepSums<Tile> + state + k / 2 * 2;
-            to[0] = dB_[k];
-            to[kWideGroup] = dC_[k];
+            const int step = lane % 4 + k % 2 * 4;
+            float* to = sums_ + step * kStepSums<Tile>;
+            to[spread(step, state + k / 2 * 2)] = dB_[k];
+            to[spread(step, kWideGroup + state + k / 2 * 2)] = dC_[k];
         }
     }
 
@@ -434,7 +439,7 @@ __global__ void __launch_bounds__(kWideWarps<Tile> * 32, 2 * kWideTile / Tile)
             __syncthreads();
             float* rows = args.rows + ((row * cut.tiles + place.tile) * s.steps + at + first) * features + rank;
             for (int j = warp; j < min(kWideSpan, count - first); j += blockDim.x / 32) {
-                const float* source = sums + j * kStepSums<Tile> + lane;
+                const float* source = sums + j * kStepSums<Tile> + spread(j, lane);
                 float over_warps = source[0];
 #pragma unroll
                 for (int w = 1; w < kWideWarps<Tile>; ++w) over_warps += source[w * kWideGains];

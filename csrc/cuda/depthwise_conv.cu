@@ -63,20 +63,21 @@ ConvMap map_of_gradient(const DepthwiseConv& conv, const ConvGrad& dy) {
     return map;
 }
 
-ConvMap contiguous_map(void* data, int directions, int64_t height, int64_t width, int64_t channels) {
+// A map for each direction, one after the other.
+ConvMap contiguous_map(void* data, int64_t batch, int64_t height, int64_t width, int64_t channels) {
     ConvMap map;
     map.data = data;
     map.column_stride = static_cast<uint32_t>(channels);
     map.row_stride = width * channels;
-    map.direction_stride = height * map.row_stride;
-    map.image_stride = directions * map.direction_stride;
+    map.image_stride = height * map.row_stride;
+    map.direction_stride = batch * map.image_stride;
     map.height = static_cast<int>(height);
     map.width = static_cast<int>(width);
     return map;
 }
 
 ConvMap contiguous_result(const DepthwiseConv& conv, void* data) {
-    return contiguous_map(data, conv.directions, conv.out_height, conv.out_width, conv.channels);
+    return contiguous_map(data, conv.batch, conv.out_height, conv.out_width, conv.channels);
 }
 
 int64_t bytes_of(Scalar type) { return type == Scalar::f32 ? 4 : 2; }
@@ -182,7 +183,7 @@ void depthwise_conv_backward(const DepthwiseConv& conv, const ConvGrad& dy, void
                                                                           pitch, task.filter, dweight, dbias);
     check(cudaGetLastError());
 
-    const ConvMap dx_map = contiguous_map(dx, 1, conv.height, conv.width, conv.channels);
+    const ConvMap dx_map = contiguous_map(dx, conv.batch, conv.height, conv.width, conv.channels);
     const bool dx_packed = loads_packs(task.dz, conv) && loads_packs(dx_map, conv);
     if (conv.stride_height == 1 && conv.stride_width == 1 && !conv.replicate) {
         ConvForward transposed;

@@ -24,6 +24,22 @@ __device__ __forceinline__ void read_ahead(T (&u)[kAhead], const int* at, const 
     }
 }
 
+// The states of a channel, as they lie side by side: four at a time where all are there.
+template <int Group>
+__device__ __forceinline__ void store_states(float* to, const float (&h)[Group], int64_t count) {
+    if constexpr (Group % 4 == 0) {
+        if (count == Group && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+#pragma unroll
+            for (int n = 0; n < Group; n += 4)
+                *reinterpret_cast<float4*>(to + n) = make_float4(h[n], h[n + 1], h[n + 2], h[n + 3]);
+            return;
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < Group; ++n)
+        if (n < count) to[n] = h[n];
+}
+
 // Pass::summary: the chunk's end state from zero, and its decay. Pass::output: from the carried state to the results.
 template <typename T, int Group, typename Out, Pass pass, bool OfStates>
 __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ ForwardArgs args) {
@@ -105,9 +121,7 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
             T next_u[kAhead];
             read_ahead(next_u, page.at + min(t + kAhead, kPageSteps - kAhead), u_column);
             if (pass == Pass::output && kept && t % kInterval == 0) {
-#pragma unroll
-                for (int n = 0; n < Group; ++n)
-                    if (active && n < states_here) kept[n] = h[n];
+                if (active) store_states(kept, h, states_here);
                 kept += s.channels * s.states;
             }
 #pragma unroll

@@ -48,7 +48,7 @@ constexpr int fitting_tile(int64_t channels, int most, int64_t limit, Layout lay
 }
 
 // How many warps make a large GPU busy. With `few` or less of them from the rows alone, steps are cut in chunks, so
-// that there are about `wanted`: chunks cost a summary pass, which they have to win back.
+// that there are `wanted` at most: chunks cost a summary pass, which they have to win back.
 struct Fill {
     int64_t few, wanted;
 };
@@ -64,7 +64,7 @@ inline Cut cut(const Scan& scan, int tile, int lanes_per_channel, const Fill& fi
     const int64_t pages = std::max<int64_t>(1, ceil_div(scan.steps, kPageSteps));
     const int64_t warps =
         std::max<int64_t>(1, scan.batch * scan.directions * c.groups * c.tiles * (c.tile * lanes_per_channel / 32));
-    const int64_t chunks = warps > fill.few ? 1 : std::min(pages, ceil_div(fill.wanted, warps));
+    const int64_t chunks = warps > fill.few ? 1 : std::min(pages, fill.wanted / warps);
     c.chunk_steps = ceil_div(pages, chunks) * kPageSteps;
     c.chunks = ceil_div(pages * kPageSteps, c.chunk_steps);
     return c;
@@ -94,7 +94,8 @@ static_assert(backward_fits(1024, 64, true) && backward_fits(1024, 64, false));
 inline Cut forward_cut(const Scan& scan, int64_t limit) {
     const int tile =
         forward_tile(std::max<int64_t>(scan.channels, 1), static_cast<int>(scan.rank), group_of(scan), limit);
-    return cut(scan, tile, 1, {132 * 20 / 3, 132 * 20});
+    // Registers leave room for 12 warps of many states on a multiprocessor; more would begin a second round.
+    return cut(scan, tile, 1, {132 * 20 / 3, scan.states == 1 ? 132 * 20 : 132 * 12});
 }
 // Whether the one-state backward keeps its pages in 16 bits: BackwardPage (backward_page.cuh) for each dtype.
 inline bool packed(const Scan& scan) { return scan.dtype == Scalar::bf16; }
@@ -153,12 +154,17 @@ inline bool rows_in_pairs(const Scan& s) {
            same_strides(s.dt, s.C) && in_pairs(s.dt);
 }
 
-// Whether the fused forward takes this scan: one state, 16-bit inputs, one table, rows in pairs, and a map whose result
-// for 16 channels fits in shared memory.
+// A few blocks that walk many steps leave most of a GPU idle: chunks are faster then (measured on an H200, 132
+// multiprocessors).
+inline bool fused_idles(const Scan& s) { return s.batch * (s.channels / 16) <= 48 && s.steps >= 640; }
+
+// Whether the fused forward takes this scan: one state, 16-bit inputs, one table, rows in pairs, a map whose result for
+// 16 channels fits in shared memory, and enough blocks.
 inline bool fused_takes(const Scan& s, int64_t shared_bytes) {
-    return s.result == Result::merged && s.dt_softplus && s.channels % 16 == 0 && rows_in_pairs(s) && in_pairs(s.u) &&
-           s.u.direction_stride == 0 && s.route.image_stride == 0 && s.param_route.data == s.route.data &&
-           !s.reset.data && fused_shared_bytes(s.length) <= shared_bytes && s.steps > 0 && s.steps < (1 << 20);
+    return !fused_idles(s) && s.result == Result::merged && s.dt_softplus && s.channels % 16 == 0 && rows_in_pairs(s) &&
+           in_pairs(s.u) && s.u.direction_stride == 0 && s.route.image_stride == 0 &&
+           s.param_route.data == s.route.data && !s.reset.data && fused_shared_bytes(s.length) <= shared_bytes &&
+           s.steps > 0 && s.steps < (1 << 20);
 }
 
 // Division of 32-bit numbers by a divisor known when a kernel is launched.

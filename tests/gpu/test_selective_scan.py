@@ -185,13 +185,17 @@ def test_inputs_per_direction_and_shared_parameters(dtype, rank, states):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [2, 6, 12, 14, 24, 48, 62])
 def test_sixteen_bit_maps_merged_on_chip(dtype, rank):
-    """The path of small maps with one state: rows side by side, channels in sixteens, any shared table."""
-    for steps, length in ((1, 3), (49, 49), (200, 60), (700, 784)):
-        inputs = make_inputs(2, length, 48, 1, 3, rank=rank, packed=True, dtype=dtype)
+    """The path of small maps with one state: rows side by side, channels in sixteens, any shared table.
+
+    Long walks take it where there are enough of them: more than 48 images times sixteens of channels.
+    """
+    for batch, steps, length in ((2, 1, 3), (2, 49, 49), (2, 200, 60), (17, 700, 784)):
+        inputs = make_inputs(batch, length, 48, 1, 3, rank=rank, packed=True, dtype=dtype)
         check(inputs, dtype, route=random_route(3, steps, length, seed=steps))
-    inputs = make_inputs(3, 28 * 28, 32, 1, 4, rank=rank, packed=True, params_shared=True, dtype=dtype)
-    check(inputs, dtype, route=get_route("cross", 28, 28, "cuda"))
-    check(inputs, dtype, route=get_route("cross", 28, 28, "cuda"), out_dtype=dtype)
+    for batch in (3, 25):
+        inputs = make_inputs(batch, 28 * 28, 32, 1, 4, rank=rank, packed=True, params_shared=True, dtype=dtype)
+        check(inputs, dtype, route=get_route("cross", 28, 28, "cuda"))
+        check(inputs, dtype, route=get_route("cross", 28, 28, "cuda"), out_dtype=dtype)
 
 
 def test_optional_arguments():
@@ -207,13 +211,14 @@ def test_optional_arguments():
     check(inputs, torch.float32, route=route, result="states")
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("states", [1, 16])
 @pytest.mark.parametrize("result", ["merged", "states"])
-def test_few_rows_many_steps_run_in_chunks(states, result):
-    inputs = make_inputs(1, 40 * 33, 32, states, 4, rank=6, packed=True)
+def test_few_rows_many_steps_run_in_chunks(dtype, states, result):
+    inputs = make_inputs(1, 40 * 33, 32, states, 4, rank=6, packed=True, dtype=dtype)
     inputs["dt_bias"] = inputs["dt_bias"] - 2.0  # long memory: states reach across chunks
     reset = torch.rand(4, 40 * 33, device="cuda") < 0.002
-    check(inputs, torch.float32, route=get_route("cross", 40, 33, "cuda"), reset=reset, result=result)
+    check(inputs, dtype, route=get_route("cross", 40, 33, "cuda"), reset=reset, result=result)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -267,12 +272,14 @@ def test_empty(batch, steps):
             assert not x.grad.any(), name
 
 
-@pytest.mark.parametrize(("states", "size"), [(1, (56, 56)), (16, (14, 14)), (1, (100, 100))])
-def test_cuda_graph(states, size):
-    inputs = make_inputs(2, size[0] * size[1], 96, states, 4, rank=6, packed=True, dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("batch", "states", "size"), [(2, 1, (56, 56)), (9, 1, (56, 56)), (2, 16, (14, 14)), (2, 1, (100, 100))]
+)
+def test_cuda_graph(batch, states, size):
+    inputs = make_inputs(batch, size[0] * size[1], 96, states, 4, rank=6, packed=True, dtype=torch.bfloat16)
     route = get_route("cross", *size, "cuda")
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    grad = torch.randn(2, size[0] * size[1], 96, device="cuda")
+    grad = torch.randn(batch, size[0] * size[1], 96, device="cuda")
 
     def step():
         out = selective_scan(**leaves, route=route)

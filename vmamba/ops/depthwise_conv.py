@@ -189,7 +189,8 @@ def _replicate_border(x: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
 
 
 # The operators take and give flattened maps, (batch, height * width, channels), for the reason :func:`by_position` has;
-# the size comes beside them. With both directions the result is (batch, 2, out height * out width, channels).
+# the size comes beside them. With both directions the result is (batch, 2, out height * out width, channels), in memory
+# one direction's maps after the other's.
 
 
 def _flattened(op, x, weight, bias, stride, padding, dilation, *options) -> Tensor:
@@ -220,8 +221,9 @@ def _out_size(size: int, before: int, after: int, kernel: int, stride: int, dila
 def _fake(x, size, weight, bias, stride, padding, dilation, replicate, residual, silu) -> Tensor:
     batch, _, channels = x.shape
     rows, columns = _out_sizes(size, weight, stride, padding, dilation)
-    directions = () if weight.dim() == 4 else (2,)
-    return x.new_empty((batch, *directions, rows * columns, channels))
+    if weight.dim() == 4:
+        return x.new_empty((batch, rows * columns, channels))
+    return x.new_empty((2, batch, rows * columns, channels)).transpose(0, 1)
 
 
 def _fake_backward(grad, x, size, weight, bias, *_):
