@@ -77,16 +77,22 @@ class SelectiveSSM(nn.Module):
         dt, B, C = params.split([self.rank, self.d_state, self.d_state], dim=-1)
         return dt, B, C
 
-    def forward(self, u: Tensor, route: Tensor, result: Result = "merged") -> Tensor:
+    def forward(
+        self, u: Tensor, route: Tensor, result: Result = "merged", out_dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """Scans ``u`` (batch, L, D) along ``route`` (K, T).
 
         Returns:
-            In float32, the sum over directions and visits, (batch, L, D), or another ``result`` of
-            :func:`vmamba.ops.selective_scan`.
+            In ``out_dtype``, float32 or that of ``u``: the sum over directions and visits, (batch, L, D), or another
+            ``result`` of :func:`vmamba.ops.selective_scan`.
         """
         A = -torch.exp(self.A_log.float())
         weight = self.x_proj.weight
-        if is_plain(self.x_proj, nn.Linear) and serves_projected_scan(u, weight, self.dt_weight, route, result):
+        if (
+            out_dtype is torch.float32
+            and is_plain(self.x_proj, nn.Linear)
+            and serves_projected_scan(u, weight, self.dt_weight, route, result)
+        ):
             return projected_scan(u, weight, A, self.D, self.dt_weight, self.dt_bias, route, result)
         dt, B, C = self.project(u)
         return selective_scan(
@@ -100,4 +106,5 @@ class SelectiveSSM(nn.Module):
             dt_bias=self.dt_bias,
             route=route,
             result=result,
+            out_dtype=out_dtype,
         )

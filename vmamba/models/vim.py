@@ -214,7 +214,10 @@ class VimMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        y = self.ssm(self.conv(x), get_route("bidirectional", 1, x.shape[1], x.device))
+        u = self.conv(x)
+        # It is gated, not normalised, next: bfloat16 is enough, float16 could overflow.
+        out_dtype = u.dtype if u.dtype == torch.bfloat16 else torch.float32
+        y = self.ssm(u, get_route("bidirectional", 1, x.shape[1], x.device), out_dtype=out_dtype)
         out = self.out_proj((y * self.act(z)).to(z.dtype))
         return out / 2 if self.average else out
 
