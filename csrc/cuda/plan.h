@@ -64,7 +64,7 @@ inline Cut cut(const Scan& scan, int tile, int lanes_per_channel, const Fill& fi
     const int64_t pages = std::max<int64_t>(1, ceil_div(scan.steps, kPageSteps));
     const int64_t warps =
         std::max<int64_t>(1, scan.batch * scan.directions * c.groups * c.tiles * (c.tile * lanes_per_channel / 32));
-    const int64_t chunks = warps > fill.few ? 1 : std::min(pages, fill.wanted / warps);
+    const int64_t chunks = warps > fill.few ? 1 : std::clamp<int64_t>(fill.wanted / warps, 1, pages);
     c.chunk_steps = ceil_div(pages, chunks) * kPageSteps;
     c.chunks = ceil_div(pages * kPageSteps, c.chunk_steps);
     return c;
@@ -89,13 +89,22 @@ static_assert(backward_fits(2048, kMostRank, true) && backward_fits(2048, kMostR
 static_assert(backward_fits(768, 48, true) && backward_fits(768, 48, false));
 static_assert(backward_fits(1024, 64, true) && backward_fits(1024, 64, false));
 
+constexpr int64_t kMultiprocessorBytes = 227 * 1024;  // of shared memory, on a large GPU
+
+// Warps of the forward of many states that a multiprocessor holds: registers are enough for 12, and shared memory has
+// to be. More chunks than that would begin a second round.
+inline int64_t wide_warps(int rank, int tile) {
+    const int64_t blocks = kMultiprocessorBytes / (ForwardShared(rank, kWideGroup, tile).bytes + 1024);
+    return std::min<int64_t>(blocks, 12 * 32 / tile) * tile / 32;
+}
+
 // A summary pass costs about as much as the scan itself, except before the backward of many states: a fifth there.
 // limit: bytes of shared memory a block can have. wide_tile: channels of a block of many states, at most.
 inline Cut forward_cut(const Scan& scan, int64_t limit) {
     const int tile =
         forward_tile(std::max<int64_t>(scan.channels, 1), static_cast<int>(scan.rank), group_of(scan), limit);
-    // Registers leave room for 12 warps of many states on a multiprocessor; more would begin a second round.
-    return cut(scan, tile, 1, {132 * 20 / 3, scan.states == 1 ? 132 * 20 : 132 * 12});
+    const Fill fill{132 * 20 / 3, scan.states == 1 ? 132 * 20 : 132 * wide_warps(static_cast<int>(scan.rank), tile)};
+    return cut(scan, tile, 1, fill);
 }
 // Whether the one-state backward keeps its pages in 16 bits: BackwardPage (backward_page.cuh) for each dtype.
 inline bool packed(const Scan& scan) { return scan.dtype == Scalar::bf16; }
@@ -121,7 +130,7 @@ constexpr int64_t fused_shared_bytes(int64_t length) { return fused_merged_bytes
 // the blocks beside it; and no more than make the fewest rounds over the steps.
 inline int fused_warps(const Scan& s) {
     const bool small = fused_small(s.rank);
-    constexpr int64_t kMultiprocessorBytes = 227 * 1024, kWarpsWanted = 16;
+    constexpr int64_t kWarpsWanted = 16;
     const int64_t beside = std::max<int64_t>(1, kMultiprocessorBytes / fused_shared_bytes(s.length));
     const int64_t most = std::min<int64_t>(fused_most_warps(small), ceil_div(kWarpsWanted, beside));
     const int64_t tiles = std::max<int64_t>(1, ceil_div(s.steps, 4 * fused_lane_steps(small)));

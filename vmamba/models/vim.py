@@ -176,8 +176,12 @@ class DirectionalSSM(SelectiveSSM):
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Low-rank step sizes (batch, L, K, R), B and C (batch, L, K, N) of ``u`` (batch, K, L, D)."""
         weight = self.x_proj.weight.unflatten(0, (self.directions, -1))
+        # A GPU's products are fastest with rows of a multiple of eight 16-bit numbers.
+        padding = -weight.shape[1] % 8 if u.is_cuda else 0
+        if padding:
+            weight = F.pad(weight, (0, 0, 0, padding))
         params = torch.einsum("bkld,kpd->blkp", u, weight)
-        dt, B, C = params.split([self.rank, self.d_state, self.d_state], dim=-1)
+        dt, B, C, _ = params.split([self.rank, self.d_state, self.d_state, padding], dim=-1)
         return dt, B, C
 
 
