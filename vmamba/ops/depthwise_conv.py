@@ -57,7 +57,8 @@ def depthwise_conv(
 
     Returns:
         (batch, out height, out width, channels), or (batch, 2, out height, out width, channels), in the dtype of ``x``;
-        under autocast in autocast's, but for a residual in the wider of the two.
+        under autocast in autocast's, but for a residual in the wider of the two. In memory, both directions' maps need
+        not lie in this order.
 
     Raises:
         ValueError: for an activation or a padding mode of another name, or for both directions with a convolution that
