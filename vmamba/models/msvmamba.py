@@ -177,8 +177,8 @@ def _resize(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 def _enlarge(x: Tensor, size: tuple[int, int]) -> Tensor:
     """A map (batch, h, w, dim) interpolated bilinearly to a size; under autocast in float32, as PyTorch has it.
 
-    The compiler turns the gradient of an interpolation into scattered additions, slow and in no fixed order on a GPU. To
-    twice the size, which is that of even maps, the interpolation is a sum of shifted maps, whose gradient is one too.
+    The compiler turns the gradient of an interpolation into scattered additions, slow and in no fixed order on a GPU.
+    To twice the size, which is that of even maps, the interpolation is a sum of shifted maps, and so is its gradient.
     """
     trained = torch.compiler.is_compiling() and torch.is_grad_enabled()
     if trained and tuple(size) == (2 * x.shape[1], 2 * x.shape[2]):
