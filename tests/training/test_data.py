@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,17 +81,37 @@ def test_grey_images_become_rgb():
     assert next(iter(loader))[0].shape == (4, 3, 32, 32)
 
 
+PREPROCESSING = {
+    **{"input_size": (3, 64, 64), "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3},
+    **{"crop_pct": 0.875, "crop_mode": "center"},
+}
+
+
 def test_transforms_follow_the_config():
     config = load("vmamba_tiny_s1l8")
-    preprocessing = {
-        **{"input_size": (3, 64, 64), "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3},
-        **{"crop_pct": 0.875, "crop_mode": "center"},
-    }
-    train = str(data.train_transform(config, preprocessing))
+    train = str(data.train_transform(config, PREPROCESSING))
     for part in ("RandomResizedCrop", "scale=(0.08, 1.0)", "RandAugment", "RandomErasing(p=0.25", "HorizontalFlip"):
         assert part in train
     assert "ColorJitter" not in train
-    assert "size=73" in str(data.eval_transform(preprocessing))  # int(64 / 0.875)
+    assert "size=73" in str(data.eval_transform(PREPROCESSING))  # int(64 / 0.875)
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9", "augmix-m3-w3", "original", "originalr", "v0"])
+def test_every_level_of_posterize_runs(policy):
+    transform = data.train_transform(replace(load("vmamba_tiny_s1l8"), auto_augment=policy), PREPROCESSING)
+    ops = [op for op in data._augment_ops(transform) if op.aug_fn.__name__ == "posterize"]
+    image = Image.linear_gradient("L").convert("RGB")
+    for op in ops:
+        op.prob, op.magnitude_std = 1.0, 0
+        for op.magnitude in range(11):
+            op(image)
+    assert ops
+
+
+def test_posterize_to_no_bits_is_black():
+    image = Image.linear_gradient("L").convert("RGB")
+    assert data.posterize(image, 0).getextrema() == ((0, 0),) * 3
+    assert data.posterize(image, 1).getextrema() == ((0, 128),) * 3
 
 
 def test_reader_that_is_not_installed(monkeypatch):

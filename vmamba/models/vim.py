@@ -171,7 +171,13 @@ class BidirectionalConv(nn.Module):
 
 
 class DirectionalSSM(SelectiveSSM):
-    """A selective scan in which every direction has an input of its own: ``u`` is (batch, K, L, D)."""
+    """A selective scan in which every direction has an input of its own: ``u`` is (batch, K, L, D).
+
+    The result is in float32, or in bfloat16 if ``u`` is: it is gated next, not normalised. Float16 could overflow.
+    """
+
+    def forward(self, u: Tensor, route: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(u, route, out_dtype=u.dtype if u.dtype == torch.bfloat16 else torch.float32)
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Low-rank step sizes (batch, L, K, R), B and C (batch, L, K, N) of ``u`` (batch, K, L, D)."""
@@ -218,10 +224,7 @@ class VimMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        u = self.conv(x)
-        # It is gated, not normalised, next: bfloat16 is enough, float16 could overflow.
-        out_dtype = u.dtype if u.dtype == torch.bfloat16 else torch.float32
-        y = self.ssm(u, get_route("bidirectional", 1, x.shape[1], x.device), out_dtype=out_dtype)
+        y = self.ssm(self.conv(x), get_route("bidirectional", 1, x.shape[1], x.device))
         out = self.out_proj((y * self.act(z)).to(z.dtype))
         return out / 2 if self.average else out
 

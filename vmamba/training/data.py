@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_transform
+from timm.data.auto_augment import AugmentOp
+from timm.data.auto_augment import posterize as timm_posterize
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision.transforms import Compose
 
@@ -105,7 +108,7 @@ def train_transform(config: TrainConfig, preprocessing: dict[str, Any]) -> Any:
         UserError: timm does not know the policy of ``auto_augment``.
     """
     try:
-        return create_transform(
+        transform = create_transform(
             preprocessing["input_size"],
             is_training=True,
             scale=config.scale,
@@ -129,6 +132,25 @@ def train_transform(config: TrainConfig, preprocessing: dict[str, Any]) -> Any:
             f"auto_augment '{config.auto_augment}' is no policy of timm's; they look like rand-m9-mstd0.5-inc1, "
             "augmix-m3-w3, original or 3a"
         ) from error
+    for op in _augment_ops(transform):
+        if op.aug_fn is timm_posterize:
+            op.aug_fn = posterize
+    return transform
+
+
+def _augment_ops(transform: Any) -> Iterator[AugmentOp]:
+    """The operations that the policies of a transform choose from."""
+    for step in transform.transforms:
+        yield from getattr(step, "ops", ())  # RandAugment, AugMix
+        for sub_policy in getattr(step, "policy", ()):  # AutoAugment
+            yield from sub_policy
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
+    """timm's; with no bits left, as its policies have it at an extreme level, a black image: Pillow 13 refuses that."""
+    if bits_to_keep <= 0:
+        return image.point(lambda _: 0)
+    return timm_posterize(image, bits_to_keep, **kwargs)
 
 
 def eval_transform(preprocessing: dict[str, Any]) -> Any:
