@@ -16,7 +16,6 @@ from vmamba.models.msvmamba import (
     PassNormedScan,
     SqueezeExcite,
     SumNormedScan,
-    _enlarge,
     _sum_passes,
     checkpoint_filter_fn,
 )
@@ -169,26 +168,6 @@ def test_scan_is_that_of_the_paper(scan_layer, size):
         expected = norm(whole + sum(passes)[:, :, nearest[0]][..., nearest[1]])
 
     torch.testing.assert_close(module(x), expected.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 5), (7, 4)])
-def test_compiled_interpolation_is_pytorchs(size):
-    x = torch.randn(2, *size, 3, dtype=torch.float64, requires_grad=True)
-    target = (2 * size[0], 2 * size[1])
-    want = F.interpolate(x.permute(0, 3, 1, 2), size=target, mode="bilinear").permute(0, 2, 3, 1)
-    called = []
-
-    def backend(traced, inputs):
-        called.extend(str(node.target) for node in traced.graph.nodes)
-        return traced
-
-    got = torch.compile(_enlarge, backend=backend, fullgraph=True)(x, target)
-    assert called and not any("interpolate" in target for target in called)
-    torch.testing.assert_close(got, want)
-    grad = torch.randn_like(want)
-    (wanted,) = torch.autograd.grad(want, x, grad)
-    (found,) = torch.autograd.grad(got, x, grad)
-    torch.testing.assert_close(found, wanted)
 
 
 def test_squeeze_excite():

@@ -47,7 +47,6 @@ from vmamba.models._builder import build_model, imagenet_cfg, published_cfgs, pu
 from vmamba.models._checkpoint import Names, rename, unwrap
 from vmamba.models._hierarchical import HierarchicalBackbone, make_stages
 from vmamba.ops import get_route, register_route
-from vmamba.ops.autocast import autocast_dtype
 from vmamba.ops.positions import by_position, channels_first, channels_last
 from vmamba.ops.routes import columns, raster, reverse
 from vmamba.ops.selective_scan import Result
@@ -143,7 +142,7 @@ class PassNormedScan(MultiScaleScan):
         full = self.out_norm(full, x.dtype).unflatten(1, size)
         # Normalised in scan order: a LayerNorm of channels does not mind where a position lies.
         low = _sum_passes(self.out_norm(passes.squeeze(1), x.dtype), low_size)
-        return by_position(torch.add, full, _enlarge(low, size))
+        return by_position(torch.add, full, _resize(low, size, mode="bilinear"))
 
 
 class SumNormedScan(MultiScaleScan):
@@ -172,28 +171,6 @@ def _sum_passes(steps: Tensor, size: tuple[int, int]) -> Tensor:
 def _resize(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """A map (batch, h, w, dim) interpolated to a size: not to twice its own, which an odd map would not have."""
     return channels_last(F.interpolate(channels_first(x), size=size, mode=mode))
-
-
-def _enlarge(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map (batch, h, w, dim) interpolated bilinearly to a size; under autocast in float32, as PyTorch has it.
-
-    The compiler turns the gradient of an interpolation into scattered additions, slow and in no fixed order on a GPU.
-    To twice the size, which is that of even maps, the interpolation is a sum of shifted maps, and so is its gradient.
-    """
-    trained = torch.compiler.is_compiling() and torch.is_grad_enabled()
-    if trained and tuple(size) == (2 * x.shape[1], 2 * x.shape[2]):
-        wide = x if autocast_dtype(x) is None else x.float()
-        return _twice(_twice(wide, 1), 2)
-    return _resize(x, size, mode="bilinear")
-
-
-def _twice(x: Tensor, axis: int) -> Tensor:
-    """A map at twice its size along an axis: three quarters of each position and a quarter of either neighbour."""
-    size = x.shape[axis]
-    before = torch.cat([x.narrow(axis, 0, 1), x.narrow(axis, 0, size - 1)], axis)
-    behind = torch.cat([x.narrow(axis, 1, size - 1), x.narrow(axis, size - 1, 1)], axis)
-    near = 0.75 * x
-    return torch.stack([near + 0.25 * before, near + 0.25 * behind], axis + 1).flatten(axis, axis + 1)
 
 
 class SqueezeExcite(nn.Module):
