@@ -12,6 +12,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/scan_cpu.h"
@@ -652,10 +653,10 @@ class ConvArguments {
     // In memory one direction's maps follow the other's, so that each can be multiplied by a matrix of its own as it
     // lies.
     Tensor new_output() const {
-        const int64_t positions = conv.out_height * conv.out_width;
-        if (conv.directions == 1) return new_tensor(x, output_sizes(), x.scalar_type());
-        return torch::stable::transpose(
-            new_tensor(x, {conv.directions, conv.batch, positions, conv.channels}, x.scalar_type()), 0, 1);
+        std::vector<int64_t> sizes = output_sizes();
+        if (conv.directions == 1) return new_tensor(x, sizes, x.scalar_type());
+        std::swap(sizes[0], sizes[1]);
+        return torch::stable::transpose(new_tensor(x, sizes, x.scalar_type()), 0, 1);
     }
 
     DepthwiseConv conv;
