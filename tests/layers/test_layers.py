@@ -101,6 +101,18 @@ def test_ssm_is_a_scan_per_direction():
     torch.testing.assert_close(ssm(u, route), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scanned"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.float32)],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_scan_is_summed_up_in_what_cannot_overflow(dtype, scanned, training):
+    ssm = SelectiveSSM(8, rank=2, directions=2)
+    u, route = torch.randn(1, 6, 8, dtype=dtype), get_route("bidirectional", 1, 6)
+    with torch.set_grad_enabled(training), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        assert ssm(u, route).dtype == scanned
+
+
 def test_ssm_on_meta_and_in_another_dtype():
     ssm = SelectiveSSM(8, rank=2, directions=4, device="meta", dtype=torch.bfloat16)
     assert ssm.x_proj.weight.dtype == torch.bfloat16

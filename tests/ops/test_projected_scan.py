@@ -151,8 +151,8 @@ def test_wrong_routes_are_explained_as_ever():
 @pytest.mark.usefixtures("joint")
 def test_there_is_no_second_derivative():
     ssm, u, route = make()
-    inputs = (ssm.x_proj.weight, -ssm.A_log.exp(), ssm.D, ssm.dt_weight, ssm.dt_bias, route, "merged")
-    registered = lambda: torch.ops.vmamba.projected_scan(u, *inputs, torch.float32, 64)[0]  # noqa: E731
+    inputs = (ssm.x_proj.weight, -ssm.A_log.exp(), ssm.D, ssm.dt_weight, ssm.dt_bias, route, "merged", torch.float32)
+    registered = lambda: torch.ops.vmamba.projected_scan(u, *inputs, 64)[0]  # noqa: E731
     for function in (lambda: projected_scan(u, *inputs), registered):
         (gradient,) = torch.autograd.grad(function().square().sum(), u, create_graph=True)
         with pytest.raises(NotImplementedError, match="differentiable once"):

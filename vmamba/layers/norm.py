@@ -37,9 +37,9 @@ class BranchNorm(LayerNorm):
 
 @register_notrace_module
 class ScanNorm(LayerNorm):
-    """LayerNorm of a scan's float32 result, returned in the dtype of the activations.
+    """LayerNorm of a scan's result, returned in the dtype of the activations.
 
-    The scan's sums can exceed float16, so only the normalised values are cast.
+    The scan's sums can exceed float16, so they come in float32 then, and only the normalised values are cast.
     """
 
     def forward(self, y: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]

@@ -77,23 +77,18 @@ class SelectiveSSM(nn.Module):
         dt, B, C = params.split([self.rank, self.d_state, self.d_state], dim=-1)
         return dt, B, C
 
-    def forward(
-        self, u: Tensor, route: Tensor, result: Result = "merged", out_dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def forward(self, u: Tensor, route: Tensor, result: Result = "merged") -> Tensor:
         """Scans ``u`` (batch, L, D) along ``route`` (K, T).
 
         Returns:
-            In ``out_dtype``, float32 or that of ``u``: the sum over directions and visits, (batch, L, D), or another
-            ``result`` of :func:`vmamba.ops.selective_scan`.
+            The sum over directions and visits, (batch, L, D), or another ``result`` of
+            :func:`vmamba.ops.selective_scan`: in bfloat16 if ``u`` is, else in float32, since it could exceed float16.
         """
         A = -torch.exp(self.A_log.float())
         weight = self.x_proj.weight
-        if (
-            out_dtype is torch.float32
-            and is_plain(self.x_proj, nn.Linear)
-            and serves_projected_scan(u, weight, self.dt_weight, route, result)
-        ):
-            return projected_scan(u, weight, A, self.D, self.dt_weight, self.dt_bias, route, result)
+        out_dtype = torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
+        if is_plain(self.x_proj, nn.Linear) and serves_projected_scan(u, weight, self.dt_weight, route, result):
+            return projected_scan(u, weight, A, self.D, self.dt_weight, self.dt_bias, route, result, out_dtype)
         dt, B, C = self.project(u)
         return selective_scan(
             u,

@@ -171,13 +171,7 @@ class BidirectionalConv(nn.Module):
 
 
 class DirectionalSSM(SelectiveSSM):
-    """A selective scan in which every direction has an input of its own: ``u`` is (batch, K, L, D).
-
-    The result is in float32, or in bfloat16 if ``u`` is: it is gated next, not normalised. Float16 could overflow.
-    """
-
-    def forward(self, u: Tensor, route: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(u, route, out_dtype=u.dtype if u.dtype == torch.bfloat16 else torch.float32)
+    """A selective scan in which every direction has an input of its own: ``u`` is (batch, K, L, D)."""
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Low-rank step sizes (batch, L, K, R), B and C (batch, L, K, N) of ``u`` (batch, K, L, D)."""

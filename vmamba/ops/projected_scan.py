@@ -17,7 +17,15 @@ from vmamba.ops.registration import LIBRARY, ONCE, checkpoint_steps, refuse_deri
 
 
 def projected_scan(
-    u: Tensor, weight: Tensor, A: Tensor, D: Tensor, dt_weight: Tensor, dt_bias: Tensor, route: Tensor, result: str
+    u: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    route: Tensor,
+    result: str,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """Scans ``u`` with step sizes, B and C that are ``linear(u, weight)``; where :func:`serves_projected_scan`.
 
@@ -30,13 +38,14 @@ def projected_scan(
         dt_bias: (K, D).
         route: int32, (K, T).
         result: ``"merged"`` or ``"steps"``.
+        out_dtype: float32 or the dtype that ``u`` has or that autocast gives it.
 
     Returns:
-        The result of :func:`vmamba.ops.selective_scan`, in float32.
+        The result of :func:`vmamba.ops.selective_scan`, in ``out_dtype``.
     """
     dtype = autocast_dtype(u) or u.dtype
     every = checkpoint_steps(u.device.type, A.shape[-1])
-    inputs = (u.to(dtype), weight.to(dtype), A, D, dt_weight, dt_bias, route, result, torch.float32, every)
+    inputs = (u.to(dtype), weight.to(dtype), A, D, dt_weight, dt_bias, route, result, out_dtype, every)
     return (torch.ops.vmamba.projected_scan if torch.compiler.is_compiling() else _eager_scan)(*inputs)[0]
 
 
