@@ -18,6 +18,7 @@
 #include "cpu/scan_cpu.h"
 #include "scan.h"
 #ifdef VMAMBA_WITH_CUDA
+#include "cuda/conv_norm_gelu.h"
 #include "cuda/depthwise_conv.h"
 #include "cuda/gelu.h"
 #include "cuda/layer_norm.h"
@@ -482,11 +483,15 @@ std::tuple<Tensor, Tensor> gelu_backward(Tensor grad, Tensor given) {
     return {dx, dbias};
 }
 
-// What both directions of an MLP read, checked. Tensors that had to be copied live in here.
+// What both directions of an MLP read, checked: in `dtype` all but the biases, and x where a residual branch says what
+// it is. Tensors that had to be copied live in here.
 class MlpArguments {
   public:
-    MlpArguments(const Tensor& given, const Tensor& given_weight1, const Tensor& given_bias1)
-        : x(in_packs(given, kPack)), weight1(in_packs(given_weight1, kPack)), bias1(in_packs(given_bias1, kPack)) {
+    MlpArguments(const Tensor& given, ScalarType dtype, const Tensor& given_weight1, const Tensor& given_bias1)
+        : x(in_packs(given, kPack)),
+          weight1(in_packs(given_weight1, kPack)),
+          bias1(in_packs(given_bias1, kPack)),
+          dtype_(dtype) {
         check(weight1, "weight1");
         STD_TORCH_CHECK(x.dim() > 0 && weight1.dim() == 2 && weight1.size(1) == x.size(x.dim() - 1),
                         "x must be (..., channels) and weight1 (hidden, channels)");
@@ -494,7 +499,7 @@ class MlpArguments {
         mlp.channels = static_cast<int>(weight1.size(1));
         mlp.hidden = static_cast<int>(weight1.size(0));
         mlp.rows = x.numel() / weight1.size(1);
-        mlp.dtype = scalar_of(x.scalar_type());
+        mlp.dtype = scalar_of(dtype);
         STD_TORCH_CHECK(mlp.dtype != Scalar::f32, "mlp serves bfloat16 and float16");
         mlp.x = x.const_data_ptr();
         mlp.weight1 = weight1.const_data_ptr();
@@ -503,7 +508,8 @@ class MlpArguments {
     Tensor check(const Tensor& given, const char* name) const {
         const Tensor tensor = in_packs(given, kPack);
         check_device(tensor, name, x, "x");
-        STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+        STD_TORCH_CHECK(tensor.scalar_type() == dtype_, name, " must have the dtype of ",
+                        dtype_ == x.scalar_type() ? "x" : "weight1");
         return tensor;
     }
     Tensor weight(const Tensor& given, const char* name, int64_t rows, int64_t columns) const {
@@ -520,31 +526,69 @@ class MlpArguments {
     cuda::Mlp mlp;
     Tensor x, weight1, bias1;
 
-  private:
+  protected:
     static constexpr int64_t kPack = 8;  // numbers of 16 bits, read at a time
+
+  private:
+    ScalarType dtype_;
 };
 
-Tensor mlp(Tensor given, Tensor given_weight1, Tensor given_bias1, Tensor given_weight2, Tensor given_bias2) {
-    const MlpArguments arguments(given, given_weight1, given_bias1);
-    const Tensor& x = arguments.x;
-    cuda::MlpForward mlp{arguments.mlp};
-    STD_TORCH_CHECK(cuda::serves_mlp(mlp.channels, mlp.hidden), "mlp does not serve ", mlp.channels, " channels with ",
-                    mlp.hidden, " hidden units");
-    const Tensor weight2 = arguments.weight(given_weight2, "weight2", mlp.channels, mlp.hidden);
-    const Tensor bias2 = in_packs(given_bias2, 8);
-    arguments.check_bias(bias2, "bias2", mlp.channels);
-    Tensor y = new_tensor(x, sizes_of(x), x.scalar_type());
-    mlp.weight2 = weight2.const_data_ptr();
-    mlp.bias2 = static_cast<const float*>(bias2.const_data_ptr());
+class MlpForwardArguments : public MlpArguments {
+  public:
+    MlpForwardArguments(const Tensor& given, ScalarType dtype, const Tensor& weight1, const Tensor& bias1,
+                        const Tensor& given_weight2, const Tensor& given_bias2)
+        : MlpArguments(given, dtype, weight1, bias1), forward{mlp}, bias2(in_packs(given_bias2, kPack)) {
+        STD_TORCH_CHECK(cuda::serves_mlp(mlp.channels, mlp.hidden), "mlp does not serve ", mlp.channels,
+                        " channels with ", mlp.hidden, " hidden units");
+        weight2 = weight(given_weight2, "weight2", mlp.channels, mlp.hidden);
+        check_bias(bias2, "bias2", mlp.channels);
+        forward.weight2 = weight2.const_data_ptr();
+        forward.bias2 = static_cast<const float*>(bias2.const_data_ptr());
+    }
+
+    cuda::MlpForward forward;
+    Tensor weight2, bias2;
+};
+
+Tensor mlp(Tensor given, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) {
+    const MlpForwardArguments arguments(given, given.scalar_type(), weight1, bias1, weight2, bias2);
+    Tensor y = new_tensor(arguments.x, sizes_of(arguments.x), arguments.x.scalar_type());
+    cuda::MlpForward mlp{arguments.forward};
     mlp.y = y.mutable_data_ptr();
-    cuda::mlp_forward(mlp, x.get_device_index());
+    cuda::mlp_forward(mlp, y.get_device_index());
+    return y;
+}
+
+Tensor mlp_residual(Tensor given, OptionalTensor given_branch, Tensor given_norm_weight, Tensor given_norm_bias,
+                    double eps, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) {
+    const MlpForwardArguments arguments(given, weight1.scalar_type(), weight1, bias1, weight2, bias2);
+    const Tensor& x = arguments.x;
+    cuda::MlpResidual mlp{arguments.forward};
+    mlp.x_dtype = scalar_of(x.scalar_type());
+    STD_TORCH_CHECK(mlp.x_dtype == Scalar::f32 || mlp.x_dtype == mlp.dtype,
+                    "x must be float32 or have the dtype of weight1");
+    OptionalTensor branch;
+    if (given_branch) {
+        branch = arguments.check(*given_branch, "branch");
+        STD_TORCH_CHECK(same_sizes(*branch, sizes_of(x)), "branch must have the shape of x");
+        mlp.branch = branch->const_data_ptr();
+    }
+    const Tensor norm_weight = dense(given_norm_weight), norm_bias = dense(given_norm_bias);
+    arguments.check_bias(norm_weight, "norm_weight", mlp.channels);
+    arguments.check_bias(norm_bias, "norm_bias", mlp.channels);
+    mlp.norm_weight = static_cast<const float*>(norm_weight.const_data_ptr());
+    mlp.norm_bias = static_cast<const float*>(norm_bias.const_data_ptr());
+    mlp.eps = static_cast<float>(eps);
+    Tensor y = new_tensor(x, sizes_of(x), x.scalar_type());
+    mlp.y = y.mutable_data_ptr();
+    cuda::mlp_residual(mlp, y.get_device_index());
     return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_backward(Tensor given_grad, Tensor given, Tensor given_weight1,
                                                         Tensor given_weight1_t, Tensor given_bias1,
                                                         Tensor given_weight2_t) {
-    const MlpArguments arguments(given, given_weight1, given_bias1);
+    const MlpArguments arguments(given, given.scalar_type(), given_weight1, given_bias1);
     const Tensor& x = arguments.x;
     cuda::MlpBackward mlp{arguments.mlp};
     STD_TORCH_CHECK(cuda::serves_mlp_backward(mlp.channels, mlp.hidden), "mlp has no backward for ", mlp.channels,
@@ -569,6 +613,64 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_backward(Tensor given_grad, Tenso
     Tensor workspace = new_tensor(x, {cuda::mlp_backward_workspace(mlp, device)}, ScalarType::Byte);
     cuda::mlp_backward(mlp, workspace.mutable_data_ptr(), device);
     return {dx, activation, dhidden, dbias1};
+}
+
+// A window's numbers are reached by 32-bit distances.
+Tensor with_near_neighbours(const Tensor& image) {
+    int64_t furthest = 0;
+    for (int64_t dim = 1; dim < 4; ++dim) furthest += 2 * image.stride(dim);
+    return furthest < (int64_t{1} << 31) ? image : torch::stable::contiguous(image);
+}
+
+Tensor conv_norm_gelu(Tensor given, Tensor weight, Tensor given_bias, Tensor given_norm_weight, Tensor given_norm_bias,
+                      double eps, int64_t stride, ScalarType out_dtype) {
+    STD_TORCH_CHECK(given.dim() == 4 && given.size(1) == cuda::kStemKernel && given.numel() > 0 &&
+                        std::max(given.size(2), given.size(3)) < (int64_t{1} << 31),
+                    "x must be images, (batch, 3, height, width)");
+    const Tensor x = with_near_neighbours(given);
+    cuda::ConvNormGelu stem;
+    stem.channels = static_cast<int>(weight.size(0));
+    STD_TORCH_CHECK(cuda::serves_conv_norm_gelu(stem.channels), "conv_norm_gelu does not serve ", stem.channels,
+                    " channels");
+    check_device(weight, "weight", x, "x");
+    STD_TORCH_CHECK(
+        weight.scalar_type() == ScalarType::Float && weight.dim() == 4 && same_sizes(weight, {stem.channels, 3, 3, 3}),
+        "weight must be (channels, 3, 3, 3), in float32");
+    STD_TORCH_CHECK(stride > 0 && stride < (int64_t{1} << 31), "stride must be positive, got ", stride);
+    const auto numbers = [&](const Tensor& tensor, const char* name) {
+        check_device(tensor, name, x, "x");
+        STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && same_sizes(tensor, {stem.channels}), name,
+                        " must be float32, one per channel");
+        return static_cast<const float*>(tensor.const_data_ptr());
+    };
+    const Tensor bias = in_packs(given_bias), norm_weight = in_packs(given_norm_weight),
+                 norm_bias = in_packs(given_norm_bias);
+    stem.bias = numbers(bias, "bias");
+    stem.norm_weight = numbers(norm_weight, "norm_weight");
+    stem.norm_bias = numbers(norm_bias, "norm_bias");
+    stem.weight = static_cast<const float*>(weight.const_data_ptr());
+    for (int dim = 0; dim < 4; ++dim) stem.weight_strides[dim] = weight.stride(dim);
+    stem.image = x.const_data_ptr();
+    stem.image_stride = x.stride(0);
+    stem.channel_stride = static_cast<int>(x.stride(1));
+    stem.row_stride = static_cast<int>(x.stride(2));
+    stem.column_stride = static_cast<int>(x.stride(3));
+    stem.batch = x.size(0);
+    stem.height = static_cast<int>(x.size(2));
+    stem.width = static_cast<int>(x.size(3));
+    stem.stride = static_cast<int>(stride);
+    stem.eps = static_cast<float>(eps);
+    stem.image_dtype = scalar_of(x.scalar_type());
+    stem.y_dtype = scalar_of(out_dtype);
+    STD_TORCH_CHECK(
+        stem.y_dtype != Scalar::f32 && (stem.image_dtype == Scalar::f32 || stem.image_dtype == stem.y_dtype),
+        "conv_norm_gelu goes from float32 or 16 bits to 16 bits of one dtype");
+    STD_TORCH_CHECK(stem.positions() < (int64_t{1} << 31), "conv_norm_gelu serves less than 2^31 positions, got ",
+                    stem.positions());
+    Tensor y = new_tensor(x, {stem.batch, stem.out_height(), stem.out_width(), stem.channels}, out_dtype);
+    stem.y = y.mutable_data_ptr();
+    cuda::conv_norm_gelu(stem, x.get_device_index());
+    return y;
 }
 
 // A convolution's arguments, checked, and what describes them. Tensors that had to be made contiguous live in here.
@@ -736,6 +838,8 @@ STABLE_TORCH_LIBRARY_IMPL(vmamba, CUDA, m) {
     m.impl("mlp", TORCH_BOX(&vmamba::mlp));
     m.impl("mlp_forward", TORCH_BOX(&vmamba::mlp));
     m.impl("mlp_backward", TORCH_BOX(&vmamba::mlp_backward));
+    m.impl("mlp_residual", TORCH_BOX(&vmamba::mlp_residual));
+    m.impl("conv_norm_gelu", TORCH_BOX(&vmamba::conv_norm_gelu));
     m.impl("depthwise_conv", TORCH_BOX(&vmamba::depthwise_conv));
     m.impl("depthwise_conv_forward", TORCH_BOX(&vmamba::depthwise_conv));
     m.impl("depthwise_conv_backward", TORCH_BOX(&vmamba::depthwise_conv_backward));

@@ -35,6 +35,15 @@ struct MlpForward : Mlp {
     void* y = nullptr;              // (rows, channels)
 };
 
+// A residual branch: total + mlp(layer_norm(total)), where total is x, or x + branch.
+struct MlpResidual : MlpForward {
+    const void* branch = nullptr;        // (rows, channels), or null
+    const float* norm_weight = nullptr;  // (channels), as norm_bias
+    const float* norm_bias = nullptr;
+    float eps = 0.0f;
+    Scalar x_dtype = Scalar::f32;  // of x and y: float32 or dtype
+};
+
 struct MlpBackward : Mlp {
     const void* grad = nullptr;       // (rows, channels)
     const void* weight1_t = nullptr;  // (channels, hidden)
@@ -46,6 +55,7 @@ struct MlpBackward : Mlp {
 };
 
 void mlp_forward(const MlpForward& mlp, int device);
+void mlp_residual(const MlpResidual& mlp, int device);
 int64_t mlp_backward_workspace(const MlpBackward& mlp, int device);
 void mlp_backward(const MlpBackward& mlp, void* workspace, int device);
 

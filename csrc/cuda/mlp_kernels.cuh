@@ -31,18 +31,87 @@ __device__ __forceinline__ int tiles_of_block(int64_t tiles) {
     return static_cast<int>((tiles - blockIdx.x + gridDim.x - 1) / gridDim.x);
 }
 
-template <typename T, int Channels, bool Resident>
+// What is around the two products of a forward pass: `read_ahead` asks for the next rows while the last are being
+// written, `begin` makes the operand of the first product and what the second one adds to.
+
+// The MLP and nothing else.
+template <typename T, int Channels>
+struct Alone {
+    using Arguments = MlpForward;
+    static constexpr int kRows = ForwardShape<Channels>::kRows, kBlocks = Channels / 32, kNumbers = Channels;
+    const Arguments& mlp;
+    const float4* bias;
+    int g, q;
+
+    __device__ Alone(const Arguments& mlp, float4* numbers, int g, int q) : mlp(mlp), bias(numbers), g(g), q(q) {
+        copy_pairs(numbers, mlp.bias2, Channels);
+    }
+    __device__ __forceinline__ void read_ahead(Left (&x)[kRows][kBlocks], int64_t first) const {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) load_rows<T, Channels>(x[r], mlp.x, first + 16 * r, mlp.rows, g, q);
+    }
+    __device__ __forceinline__ void begin(Left (&)[kRows][kBlocks], Tiles (&y)[kRows][kBlocks], int64_t) const {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+            for (int block = 0; block < kBlocks; ++block) y[r][block].fill(bias + 16 * block, q);
+    }
+    __device__ __forceinline__ void write(const Tiles (&y)[kRows][kBlocks], int64_t first) const {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+            for (int block = 0; block < kBlocks; ++block)
+                store_rows<T>(mlp.y, y[r][block].template rounded<T>(), first + 16 * r, mlp.rows, Channels, 32 * block,
+                              g, q);
+    }
+};
+
+// A residual branch, whose sum stays in the registers that the second product adds to.
+template <typename X, typename T, int Channels>
+struct Residual {
+    using Arguments = MlpResidual;
+    static constexpr int kRows = ForwardShape<Channels>::kRows, kBlocks = Channels / 32, kNumbers = 3 * Channels;
+    const Arguments& mlp;
+    const float4 *bias, *norm_weight, *norm_bias;
+    int g, q;
+
+    __device__ Residual(const Arguments& mlp, float4* numbers, int g, int q)
+        : mlp(mlp), bias(numbers), norm_weight(numbers + Channels / 2), norm_bias(numbers + Channels), g(g), q(q) {
+        copy_pairs(numbers, mlp.bias2, Channels);
+        copy_pairs(numbers + Channels / 2, mlp.norm_weight, Channels);
+        copy_pairs(numbers + Channels, mlp.norm_bias, Channels);
+    }
+    __device__ __forceinline__ void read_ahead(Left (&)[kRows][kBlocks], int64_t) const {}  // no registers are free
+    __device__ __forceinline__ void begin(Left (&x)[kRows][kBlocks], Tiles (&y)[kRows][kBlocks], int64_t first) const {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            read_tiles<X, false>(y[r], mlp.x, first + 16 * r, mlp.rows, g, q);
+            if (mlp.branch) read_tiles<T, true>(y[r], mlp.branch, first + 16 * r, mlp.rows, g, q);
+        }
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            norm_rows<T>(x[r], y[r], norm_weight, norm_bias, mlp.eps, q);
+#pragma unroll
+            for (int block = 0; block < kBlocks; ++block) y[r][block].add(bias + 16 * block, q);
+        }
+    }
+    __device__ __forceinline__ void write(const Tiles (&y)[kRows][kBlocks], int64_t first) const {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) write_tiles<X>(mlp.y, y[r], first + 16 * r, mlp.rows, g, q);
+    }
+};
+
+template <typename T, int Channels, bool Resident, typename Around>
 __global__ void __launch_bounds__(32 * ForwardShape<Channels>::kWarps, 1)
-    forward_kernel(const __grid_constant__ MlpForward mlp) {
+    forward_kernel(const __grid_constant__ typename Around::Arguments mlp) {
     using Shape = ForwardShape<Channels>;
     constexpr int kRows = Shape::kRows, kBlocks = Channels / 32;
     extern __shared__ uint4 shared[];
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const int count = mlp.hidden / kMlpChunk;
     auto* bias1 = reinterpret_cast<float4*>(shared + (Resident ? count : kTurns) * Shape::kPieces);
-    float4* bias2 = bias1 + mlp.hidden / 2;
     copy_pairs(bias1, mlp.bias1, mlp.hidden);
-    copy_pairs(bias2, mlp.bias2, Channels);
+    const Around around(mlp, bias1 + mlp.hidden / 2, g, q);
     const auto stage = [&](uint4* to, int chunk) {
         ByUnit<Channels>::stage(to, static_cast<const T*>(mlp.weight1), chunk);
         ByChannel<Channels>::stage(to + ByUnit<Channels>::kPieces, static_cast<const T*>(mlp.weight2), chunk,
@@ -55,17 +124,10 @@ __global__ void __launch_bounds__(32 * ForwardShape<Channels>::kWarps, 1)
 
     int64_t first = int64_t(blockIdx.x) * kTileRows<Shape> + threadIdx.x / 32 * 16 * kRows;
     Left x[kRows][kBlocks];
-    const auto load = [&](int64_t first) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) load_rows<T, Channels>(x[r], mlp.x, first + 16 * r, mlp.rows, g, q);
-    };
-    load(first);
+    around.read_ahead(x, first);
     for (int tile = 0; tile < tiles; ++tile) {
         Tiles y[kRows][kBlocks];
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-#pragma unroll
-            for (int block = 0; block < kBlocks; ++block) y[r][block].fill(bias2 + 16 * block, q);
+        around.begin(x, y, first);
         chunks.walk(stage, [&](const uint4* weights, int chunk) {
             Tiles hidden[kRows];
 #pragma unroll
@@ -82,13 +144,8 @@ __global__ void __launch_bounds__(32 * ForwardShape<Channels>::kWarps, 1)
         });
         const int64_t written = first;
         first += int64_t(gridDim.x) * kTileRows<Shape>;
-        load(first);
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-#pragma unroll
-            for (int block = 0; block < kBlocks; ++block)
-                store_rows<T>(mlp.y, y[r][block].template rounded<T>(), written + 16 * r, mlp.rows, Channels,
-                              32 * block, g, q);
+        around.read_ahead(x, first);
+        around.write(y, written);
     }
 }
 
@@ -192,13 +249,26 @@ void with_residence(int chunks, int numbers, int device, const Run& run) {
     }
 }
 
-template <typename T, int Channels>
-void forward(const MlpForward& mlp, int device, cudaStream_t stream) {
+template <typename T, int Channels, typename Around>
+void forward(const typename Around::Arguments& mlp, int device, cudaStream_t stream) {
     using Shape = ForwardShape<Channels>;
-    with_residence<Shape>(mlp.hidden / kMlpChunk, mlp.hidden + Channels, device, [&](auto resident, int bytes) {
-        launch(forward_kernel<T, Channels, resident.value>, blocks_for(mlp.rows, kTileRows<Shape>, device),
+    const int numbers = mlp.hidden + Around::kNumbers;
+    with_residence<Shape>(mlp.hidden / kMlpChunk, numbers, device, [&](auto resident, int bytes) {
+        launch(forward_kernel<T, Channels, resident.value, Around>, blocks_for(mlp.rows, kTileRows<Shape>, device),
                32 * Shape::kWarps, bytes, stream, mlp);
     });
+}
+
+template <typename T, int Channels>
+void alone(const MlpForward& mlp, int device, cudaStream_t stream) {
+    forward<T, Channels, Alone<T, Channels>>(mlp, device, stream);
+}
+
+template <typename T, int Channels>
+void residual(const MlpResidual& mlp, int device, cudaStream_t stream) {
+    const bool wide = mlp.x_dtype == Scalar::f32;
+    (wide ? forward<T, Channels, Residual<float, T, Channels>>
+          : forward<T, Channels, Residual<T, T, Channels>>)(mlp, device, stream);
 }
 
 template <typename T, int Channels>
@@ -215,9 +285,17 @@ void backward(const MlpBackward& mlp, float* partial, int device, cudaStream_t s
 
 template <typename T>
 void mlp_forward_as(const MlpForward& mlp, int device, cudaStream_t stream) {
-    const auto run = mlp.channels == 64   ? mlp::forward<T, 64>
-                     : mlp.channels == 96 ? mlp::forward<T, 96>
-                                          : mlp::forward<T, 128>;
+    const auto run = mlp.channels == 64   ? mlp::alone<T, 64>
+                     : mlp.channels == 96 ? mlp::alone<T, 96>
+                                          : mlp::alone<T, 128>;
+    run(mlp, device, stream);
+}
+
+template <typename T>
+void mlp_residual_as(const MlpResidual& mlp, int device, cudaStream_t stream) {
+    const auto run = mlp.channels == 64   ? mlp::residual<T, 64>
+                     : mlp.channels == 96 ? mlp::residual<T, 96>
+                                          : mlp::residual<T, 128>;
     run(mlp, device, stream);
 }
 

@@ -65,6 +65,13 @@ struct Tiles {
 #pragma unroll
         for (int j = 0; j < 4; ++j) *reinterpret_cast<float4*>(of[j]) = pairs[4 * j + q];
     }
+    __device__ __forceinline__ void add(const float4* pairs, int q) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float4 pair = pairs[4 * j + q];
+            of[j][0] += pair.x, of[j][1] += pair.y, of[j][2] += pair.z, of[j][3] += pair.w;
+        }
+    }
     __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int j = 0; j < 4; ++j) of[j][0] = of[j][1] = of[j][2] = of[j][3] = 0.f;
@@ -183,6 +190,109 @@ __device__ __forceinline__ void store_rows(void* to, const Left& from, int64_t f
     T* target = static_cast<T*>(to) + (first + g) * columns + column + 8 * q;
     if (first + g < rows) *reinterpret_cast<uint4*>(target) = from.top();
     if (first + g + 8 < rows) *reinterpret_cast<uint4*>(target + 8 * int64_t{columns}) = from.bottom();
+}
+
+// The eight neighbours of a row that a lane has of every 32 columns, in pairs.
+template <typename T>
+struct Eight {
+    float2 pairs[4];
+    __device__ __forceinline__ explicit Eight(const T* from) {
+        if constexpr (std::is_same_v<T, float>) {
+            const float4 low = __ldg(reinterpret_cast<const float4*>(from));
+            const float4 high = __ldg(reinterpret_cast<const float4*>(from) + 1);
+            pairs[0] = {low.x, low.y}, pairs[1] = {low.z, low.w}, pairs[2] = {high.x, high.y},
+            pairs[3] = {high.z, high.w};
+        } else {
+            const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from));
+            pairs[0] = unpack<T>(bits.x), pairs[1] = unpack<T>(bits.y), pairs[2] = unpack<T>(bits.z),
+            pairs[3] = unpack<T>(bits.w);
+        }
+    }
+};
+
+// 16 rows as a result has them, from memory, or added to what is there; zero behind the last row.
+template <typename T, bool Add, int Blocks>
+__device__ __forceinline__ void read_tiles(Tiles (&to)[Blocks], const void* from, int64_t first, int64_t rows, int g,
+                                           int q) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int64_t row = first + g + 8 * half;
+        const T* source = static_cast<const T*>(from) + row * (32 * Blocks) + 8 * q;
+#pragma unroll
+        for (int block = 0; block < Blocks; ++block) {
+            if (!Add)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) to[block].of[j][2 * half] = to[block].of[j][2 * half + 1] = 0.f;
+            if (row >= rows) continue;
+            const Eight<T> read(source + 32 * block);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                float* pair = to[block].of[j] + 2 * half;
+                pair[0] = Add ? pair[0] + read.pairs[j].x : read.pairs[j].x;
+                pair[1] = Add ? pair[1] + read.pairs[j].y : read.pairs[j].y;
+            }
+        }
+    }
+}
+
+// The inverse.
+template <typename T, int Blocks>
+__device__ __forceinline__ void write_tiles(void* to, const Tiles (&from)[Blocks], int64_t first, int64_t rows, int g,
+                                            int q) {
+#pragma unroll
+    for (int block = 0; block < Blocks; ++block) {
+        if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int64_t row = first + g + 8 * half;
+                auto* target =
+                    reinterpret_cast<float4*>(static_cast<float*>(to) + row * (32 * Blocks) + 32 * block + 8 * q);
+                const auto quarter = [&](int j) {
+                    const float *low = from[block].of[j] + 2 * half, *high = from[block].of[j + 1] + 2 * half;
+                    return make_float4(low[0], low[1], high[0], high[1]);
+                };
+                if (row < rows) target[0] = quarter(0), target[1] = quarter(2);
+            }
+        } else {
+            store_rows<T>(to, from[block].template rounded<T>(), first, rows, 32 * Blocks, 32 * block, g, q);
+        }
+    }
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(kFullWarp, x, 1);
+    return x + __shfl_xor_sync(kFullWarp, x, 2);
+}
+
+// LayerNorm of 16 rows, as an operand.
+template <typename T, int Blocks>
+__device__ __forceinline__ void norm_rows(Left (&to)[Blocks], const Tiles (&rows)[Blocks], const float4* weight,
+                                          const float4* bias, float eps, int q) {
+    float mean[2], rstd[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const auto sum = [&](const auto& term) {
+            float total = 0.f;
+#pragma unroll
+            for (int i = 0; i < 8 * Blocks; ++i) total += term(rows[i / 8].of[i / 2 % 4][2 * half + i % 2]);
+            return quad_sum(total) * (1.f / (32 * Blocks));
+        };
+        mean[half] = sum([](float x) { return x; });
+        rstd[half] = rsqrtf(sum([&](float x) { return (x - mean[half]) * (x - mean[half]); }) + eps);
+    }
+#pragma unroll
+    for (int block = 0; block < Blocks; ++block) {
+        Tiles normed;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float4 w = weight[16 * block + 4 * j + q], b = bias[16 * block + 4 * j + q];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                normed.of[j][i] =
+                    fmaf((rows[block].of[j][i] - mean[i / 2]) * rstd[i / 2], i % 2 ? w.y : w.x, i % 2 ? b.y : b.x);
+        }
+        to[block] = normed.template rounded<T>();
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

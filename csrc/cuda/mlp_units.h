@@ -18,6 +18,8 @@ constexpr int kMlpBackwardWarps = 12;  // of 16 rows, to a block
 
 template <typename T>
 void mlp_forward_as(const MlpForward& mlp, int device, cudaStream_t stream);
+template <typename T>
+void mlp_residual_as(const MlpResidual& mlp, int device, cudaStream_t stream);
 
 // partial: (blocks * warps, hidden).
 template <typename T>

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.ops.scan_cases import relative_error
-from vmamba.layers import Mlp
+from vmamba.layers import Mlp, PreNormBlock
 from vmamba.ops import mlp
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -230,3 +230,104 @@ def test_what_it_refuses():
     wide, *weights, _ = operands(8, 128, 128, torch.bfloat16)
     with pytest.raises(RuntimeError, match="no backward for 128 channels"):
         backward(wide, wide, *weights)
+
+
+# -- A residual branch ------------------------------------------------------------------------------------------------
+
+RESIDUAL = torch.ops.vmamba.mlp_residual
+
+
+def residual_operands(rows, channels, hidden, x_dtype, dtype):
+    x, *weights = operands(rows, channels, hidden, dtype)
+    stream = 3 * torch.randn(rows, channels, device="cuda").to(x_dtype) + 1
+    norm = torch.randn(channels, device="cuda"), torch.randn(channels, device="cuda"), 1e-3
+    return stream, x, *norm, *weights
+
+
+def residual_exactly(x, branch, norm_weight, norm_bias, eps, *weights):
+    total = x if branch is None else x + branch
+    return total + exactly(F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, eps), *weights)
+
+
+def residual_truth(operands):
+    return residual_exactly(*(t.double() if isinstance(t, torch.Tensor) else t for t in operands))
+
+
+@dtypes
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("hidden", [32, 384, 1024])
+@pytest.mark.parametrize("channels", [64, 96, 128])
+@pytest.mark.parametrize("rows", [1, 17, 255, 70001])
+def test_residual(rows, channels, hidden, wide, dtype):
+    x, branch, *rest = residual_operands(rows, channels, hidden, torch.float32 if wide else dtype, dtype)
+    for given in (branch, None):
+        y = RESIDUAL(x, given, *rest)
+        assert y.dtype == x.dtype and y.shape == x.shape
+        total = x.double() if given is None else x.double() + given
+        # Of the branch alone, which is what the kernel rounds.
+        truth = residual_truth((x, given, *rest))
+        assert relative_error(y - total, truth - total) < TOLERANCE[dtype] * (1 if wide else 3)
+        assert torch.equal(y, RESIDUAL(x, given, *rest))
+
+
+def test_residual_rows_do_not_meet():
+    """A NaN stays in its own row, and what is not there is not read."""
+    x, branch, *rest = residual_operands(40, 96, 384, torch.float32, torch.bfloat16)
+    want = RESIDUAL(x, branch, *rest)
+    x[7, 3] = float("nan")
+    y = RESIDUAL(x, branch, *rest)
+    assert y.isnan().any(1).nonzero().flatten().tolist() == [7]
+    assert torch.equal(y[8:], want[8:]) and torch.equal(RESIDUAL(x[8:], branch[8:], *rest), want[8:])
+    assert RESIDUAL(x[:0], branch[:0], *rest).shape == (0, 96)
+
+
+def test_residual_of_maps_and_views():
+    x, branch, *rest = residual_operands(2 * 5 * 7, 64, 256, torch.float32, torch.bfloat16)
+    want = RESIDUAL(x, branch, *rest).view(2, 5, 7, 64)
+    maps, wide = x.view(2, 5, 7, 64), torch.cat([branch, branch], -1)[:, 64:].view(2, 5, 7, 64)
+    assert torch.equal(RESIDUAL(maps, wide, *rest), want)
+    buffer = torch.empty(x.numel() + 1, device="cuda")
+    assert torch.equal(RESIDUAL(buffer[1:].view_as(x).copy_(x), branch, *rest), want.flatten(0, 2))
+
+
+def test_residual_captured_in_a_graph():
+    inputs = residual_operands(999, 96, 384, torch.float32, torch.bfloat16)
+    want = RESIDUAL(*inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = RESIDUAL(*inputs)
+    graph.replay()
+    assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_a_block_is_no_further_from_the_truth_than_its_parts(autocast, compiled):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    block = PreNormBlock(96, torch.nn.Identity(), Mlp(96, 384)).cuda().eval()
+    x = torch.randn(2, 96, 96, 96, device="cuda")
+    expected = block.double()(x.double())
+    dtype = torch.float32 if autocast else torch.bfloat16
+    block, x = block.to(dtype), x.to(dtype)
+    with torch.autocast("cuda", autocast or torch.bfloat16, enabled=autocast is not None):
+        assert block.branches(x)[1] is None
+        y = (torch.compile(block, fullgraph=True) if compiled else block)(x)
+        total, normed = block.norm2(x, block.norm1(x))
+        parts = total + block.mlp(normed)
+    assert y.dtype == parts.dtype
+    assert relative_error(y, expected) < 1.5 * relative_error(parts, expected) + 1e-4
+
+
+def test_what_a_residual_branch_refuses():
+    x, branch, *rest = residual_operands(8, 64, 128, torch.float32, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="branch must have the shape of x"):
+        RESIDUAL(x, branch[:4], *rest)
+    with pytest.raises(RuntimeError, match="branch must have the dtype of weight1"):
+        RESIDUAL(x, branch.float(), *rest)
+    with pytest.raises(RuntimeError, match="x must be float32 or have the dtype of weight1"):
+        RESIDUAL(x.half(), branch, *rest)
+    with pytest.raises(RuntimeError, match="norm_bias must be 64 numbers in float32"):
+        RESIDUAL(x, branch, rest[0], rest[1][:8], *rest[2:])

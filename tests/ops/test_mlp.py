@@ -5,11 +5,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import create_feature_extractor
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.standing_in import standing_in
-from vmamba.layers import Mlp
+from vmamba.layers import Mlp, PreNormBlock, run_blocks
 from vmamba.ops import mlp
 
 module = sys.modules["vmamba.ops.mlp"]  # the package has a function of that name
@@ -230,3 +231,134 @@ def test_a_layer_calls_what_is_not_plain(change):
     assert is_fused(layer, x)
     change(layer)
     assert not is_fused(layer, x)
+
+
+# -- A residual branch ------------------------------------------------------------------------------------------------
+
+
+def residual_plainly(x, branch, norm_weight, norm_bias, eps, *weights):
+    total = x if branch is None else x + branch
+    normed = F.layer_norm(total.float(), norm_weight.shape, norm_weight, norm_bias, eps)
+    return total + plainly(normed.to(weights[0].dtype), *weights)
+
+
+def residual_kernel(x, branch, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2):
+    dtype = weight1.dtype
+    assert weight2.dtype == dtype and x.dtype in (dtype, torch.float32)
+    assert branch is None or branch.dtype == dtype
+    assert {t.dtype for t in (norm_weight, norm_bias, bias1, bias2)} == {torch.float32}
+    return residual_plainly(
+        x, branch, norm_weight, norm_bias, eps, weight1, bias1.to(dtype), weight2, bias2.to(dtype)
+    ).to(x.dtype)
+
+
+@pytest.fixture
+def residual_kernels(kernels):
+    with standing_in("mlp", mlp_residual=residual_kernel):
+        yield
+
+
+def block(**options):
+    torch.manual_seed(0)
+    block = PreNormBlock(CHANNELS, nn.Linear(CHANNELS, CHANNELS), Mlp(CHANNELS, HIDDEN), **options).eval()
+    nn.init.normal_(block.norm2.weight)
+    nn.init.normal_(block.norm2.bias)
+    return block
+
+
+def ends_in_one_pass(block, x):
+    return block.branches(x)[1] is None
+
+
+@pytest.mark.usefixtures("residual_kernels")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+@torch.no_grad()
+def test_a_block_ends_in_one_pass(precision, compiled):
+    torch.compiler.reset()
+    ours, x = block(), leaves()[0].detach()
+    expected = x + ours.mixer(ours.norm1(x))
+    expected = (expected + ours.mlp(ours.norm2(expected))).double()
+    if precision == "bfloat16":
+        ours, x = ours.bfloat16(), x.bfloat16()
+    run = torch.compile(run_blocks, fullgraph=True) if compiled else run_blocks
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        assert ends_in_one_pass(ours, x)
+        y, alone = run([ours, nn.Identity()], x), ours(x)
+    assert y.dtype == alone.dtype == x.dtype
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if precision == "float32" else {"rtol": 3e-2, "atol": 3e-2}
+    for got in (y, alone):
+        torch.testing.assert_close(got.double(), expected, **tolerance)
+
+
+@pytest.mark.usefixtures("residual_kernels")
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_channels_are_mixed_in_one_pass(compiled, monkeypatch):
+    torch.compiler.reset()
+    ours, x, called = block(), leaves()[0].detach(), []
+    expected = x + ours.mlp(ours.norm2(x))
+    monkeypatch.setattr(Mlp, "residual", lambda mlp, *args, f=Mlp.residual: called.append(mlp) or f(mlp, *args))
+    torch.testing.assert_close(ours.mix_channels(x), expected)
+    assert called == [ours.mlp]
+
+
+@pytest.mark.usefixtures("residual_kernels")
+@torch.no_grad()
+def test_stochastic_depth_is_applied_in_training_and_fused_out_of_it():
+    ours, x = block(drop_path=0.5), leaves()[0].detach()
+    assert ends_in_one_pass(ours, x)
+    assert not ends_in_one_pass(ours.train(), x)
+
+
+@pytest.mark.usefixtures("residual_kernels")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_branch_that_is_asked_for_gradients_is_computed_in_parts(frozen):
+    ours, x = block().requires_grad_(not frozen), leaves()[0]
+    assert not ends_in_one_pass(ours, x.detach().requires_grad_(frozen))
+    assert ends_in_one_pass(ours, x.detach()) == frozen
+
+
+@pytest.mark.usefixtures("residual_kernels")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: block.norm2.register_forward_hook(lambda *_: None),
+        lambda block: block.mlp.register_forward_pre_hook(lambda *_: None),
+        lambda block: block.mlp.fc1.register_forward_hook(lambda *_: None),
+        lambda block: block.drop_path.register_forward_hook(lambda *_: None),
+        lambda block: setattr(block, "drop_path", nn.Dropout()),
+        lambda block: setattr(block, "norm2", nn.LayerNorm(CHANNELS)),
+        lambda block: setattr(block, "mlp", nn.Identity()),
+    ],
+    ids=["norm's hook", "MLP's pre-hook", "layer's hook", "drop path's hook", "drop path", "norm", "no MLP"],
+)
+@torch.no_grad()
+def test_a_block_calls_what_is_not_plain(change):
+    ours, x = block(), leaves()[0].detach()
+    assert ours._ends_in_one_pass(x)
+    change(ours)
+    assert not ours._ends_in_one_pass(x)
+
+
+@pytest.mark.usefixtures("residual_kernels")
+@torch.no_grad()
+def test_a_traced_block_shows_its_parts():
+    ours, x = block().requires_grad_(False), leaves()[0].detach()
+    traced = torch.jit.trace(ours, x, check_trace=False)
+    assert "mlp_residual" not in str(traced.inlined_graph)
+    nodes = [node.target for node in create_feature_extractor(ours, return_nodes=["mlp"]).graph.nodes]
+    assert {"norm2", "mlp"} <= set(nodes)
+
+
+@pytest.mark.usefixtures("residual_kernels")
+def test_what_is_registered_for_a_branch():
+    x, *weights = (t.detach() for t in leaves())
+    norm = torch.randn(CHANNELS), torch.randn(CHANNELS), 1e-5
+    torch.library.opcheck(torch.ops.vmamba.mlp_residual, (x, torch.randn_like(x), *norm, *weights))
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.vmamba.mlp_residual(x, x, *norm, *weights)
+    assert counter.get_total_flops() == 4 * x.numel() * HIDDEN
+    y = torch.ops.vmamba.mlp_residual(x.clone().requires_grad_(), x, *norm, *weights)
+    with pytest.raises(NotImplementedError, match="has no derivative"):
+        y.sum().backward()

@@ -8,8 +8,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vmamba.layers.conv import DepthwiseConv2d
+from vmamba.layers.mlp import Mlp
 from vmamba.layers.norm import BranchNorm
-from vmamba.layers.plain import is_plain
+from vmamba.layers.plain import is_plain, names_calls
 from vmamba.ops.positions import by_position
 
 
@@ -39,7 +40,7 @@ class PreNormBlock(nn.Module):
         self.norm1 = BranchNorm(dim, **dd)
         self.mixer = mixer
         self.norm2: Any = nn.Identity() if mlp is None else BranchNorm(dim, **dd)
-        self.mlp = mlp
+        self.mlp: Any = mlp
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def mix_positions(self, x: Tensor) -> Tensor:
@@ -48,9 +49,13 @@ class PreNormBlock(nn.Module):
 
     def mix_channels(self, x: Tensor) -> Tensor:
         """The second branch, added to its input."""
-        return x if self.mlp is None else by_position(torch.add, x, self.drop_path(self.mlp(self.norm2(x))))
+        if self.mlp is None:
+            return x
+        if self._ends_in_one_pass(x):
+            return self.mlp.residual(x, None, self.norm2)
+        return by_position(torch.add, x, self.drop_path(self.mlp(self.norm2(x))))
 
-    def branches(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def branches(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The block but for its last addition, which the norm of the next block can make: see :func:`run_blocks`.
 
         A subclass with a ``forward`` of its own is called and need not override this.
@@ -60,17 +65,28 @@ class PreNormBlock(nn.Module):
             branch: Of the same shape; the block's input is then ``x + branch``.
 
         Returns:
-            Two maps, each of the shape of ``x``, whose sum is the block's output.
+            Two maps, each of the shape of ``x``, whose sum is the block's output; or that output and None.
         """
         x, normed = (x, self.norm1(x)) if branch is None else self.norm1(x, branch)
         branch = self.drop_path(self.mixer(normed))
         if self.mlp is None:
             return x, branch
+        if self._ends_in_one_pass(x):
+            return self.mlp.residual(x, branch, self.norm2), None
         x, normed = self.norm2(x, branch)
         return x, self.drop_path(self.mlp(normed))
 
+    def _ends_in_one_pass(self, x: Tensor) -> bool:
+        """Whether nobody can tell if the parts of the second branch are called, or computed in one."""
+        return (
+            not names_calls(x)
+            and is_plain(self.mlp, Mlp)
+            and (is_plain(self.drop_path, nn.Identity) or _drops_nothing(self.drop_path))
+            and self.mlp.serves_residual(x, self.norm2)
+        )
+
     def forward(self, x: Tensor) -> Tensor:
-        return by_position(torch.add, *self.branches(x))
+        return _total(*self.branches(x))
 
 
 class PositionalBlock(PreNormBlock):
@@ -123,7 +139,7 @@ def run_blocks(blocks: Iterable[nn.Module], x: Any) -> Any:
         x: What the first one takes: for :class:`PreNormBlock`, (batch, height, width, dim).
     """
     branch = None
-    named = _names_calls(x)
+    named = names_calls(x)
     for block in blocks:
         if not named and _defers(block):
             x, branch = block.branches(x, branch)
@@ -136,13 +152,10 @@ def _total(x: Any, branch: Tensor | None) -> Any:
     return x if branch is None else by_position(torch.add, x, branch)
 
 
+def _drops_nothing(drop_path: nn.Module) -> bool:
+    return is_plain(drop_path, DropPath) and not (drop_path.training and drop_path.drop_prob)
+
+
 def _defers(block: nn.Module) -> TypeGuard[PreNormBlock]:
     """Whether nobody can tell a call of ``block`` from one of its :meth:`PreNormBlock.branches` and an addition."""
     return is_plain(block, PreNormBlock) and is_plain(block.norm1, BranchNorm)
-
-
-def _names_calls(x: Any) -> bool:
-    """Whether a graph is being made that says which module was called for what: by torch.fx, trace or export."""
-    if torch.compiler.is_dynamo_compiling():
-        return False  # there is_exporting() is always true
-    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()

@@ -6,9 +6,10 @@ import timm.layers
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from vmamba.layers.norm import BranchNorm
 from vmamba.layers.plain import is_plain
 from vmamba.ops.gelu import linear_gelu, serves_linear_gelu
-from vmamba.ops.mlp import mlp, serves_mlp
+from vmamba.ops.mlp import mlp, residual_mlp, serves_mlp, serves_residual_mlp
 from vmamba.ops.positions import by_position
 
 
@@ -20,16 +21,42 @@ class Mlp(timm.layers.Mlp):
         return by_position(self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        fc1: Any = self.fc1
-        fc2: Any = self.fc2
         if not self._begins_plainly():
             return super().forward(x)
-        if self._ends_plainly() and serves_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias):
-            return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        if self._ends_plainly() and serves_mlp(x, *self._weights()):
+            return mlp(x, *self._weights())
+        fc1: Any = self.fc1
         if not serves_linear_gelu(fc1.weight, fc1.bias):
             return super().forward(x)
         x = self.drop1(linear_gelu(x, fc1.weight, fc1.bias))
         return self.drop2(self.fc2(self.norm(x)))
+
+    def serves_residual(self, x: Tensor, norm: Any) -> bool:
+        """Whether :meth:`residual` has a kernel for this map, and nobody can tell it from a call of the parts."""
+        return (
+            is_plain(norm, BranchNorm)
+            and self._begins_plainly()
+            and self._ends_plainly()
+            and serves_residual_mlp(x, norm.weight, norm.bias, *self._weights())
+        )
+
+    def residual(self, x: Tensor, branch: Tensor | None, norm: Any) -> Tensor:
+        """A residual branch in one pass: ``total + self(norm(total))``, where the total is ``x + branch``.
+
+        Args:
+            x: (batch, height, width, dim).
+            branch: Of the same shape; None for none.
+            norm: The branch's :class:`BranchNorm`.
+        """
+        maps = (x,) if branch is None else (x, branch)
+
+        def pass_of(x: Tensor, branch: Tensor | None = None) -> Tensor:
+            return residual_mlp(x, branch, norm.weight, norm.bias, norm.eps, *self._weights())
+
+        return by_position(pass_of, *maps)
+
+    def _weights(self) -> tuple[Any, ...]:
+        return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
 
     def _begins_plainly(self) -> bool:
         """Whether nobody can tell if the first layer and its activation are called, or computed in one."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -25,3 +26,14 @@ def is_plain(module: Any, cls: type[nn.Module]) -> bool:
         )
     except AttributeError:  # a PyTorch that keeps its hooks elsewhere
         return False
+
+
+def names_calls(x: Any) -> bool:
+    """Whether a graph is being made that says which module was called for what: by torch.fx, trace or export.
+
+    Args:
+        x: What the modules in question are to be called with.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return False  # there is_exporting() is always true
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from vmamba.layers.conv import Conv2dNHWC, ConvNormAct
 from vmamba.layers.norm import BranchNorm, LayerNorm
+from vmamba.layers.plain import is_plain, names_calls
+from vmamba.ops.conv_norm_gelu import conv_norm_gelu, serves_conv_norm_gelu
 from vmamba.ops.positions import by_position, channels_last
 
 
@@ -62,8 +64,25 @@ class ConvStem(nn.Module):
         self.norm2 = LayerNorm(dim, **dd)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = by_position(self.act, self.norm1(self.conv1(to_nhwc(image))))
-        return self.norm2(self.conv2(x))
+        return self.norm2(self.conv2(self._first_layers(image)))
+
+    def _first_layers(self, image: Tensor) -> Tensor:
+        conv, norm = self.conv1, self.norm1
+        parameters = (conv.weight, conv.bias, norm.weight, norm.bias)
+        plain = self._begins_plainly(image) and all(type(p) is nn.Parameter for p in parameters)
+        if plain and serves_conv_norm_gelu(image, *parameters, conv.stride[0]):
+            return conv_norm_gelu(image, *parameters, norm.eps, conv.stride[0])
+        return by_position(self.act, norm(conv(to_nhwc(image))))
+
+    def _begins_plainly(self, image: Tensor) -> bool:
+        """Whether nobody can tell if the first layers are called, or computed in one."""
+        return (
+            not names_calls(image)
+            and is_plain(self.conv1, Conv2dNHWC)
+            and is_plain(self.norm1, BranchNorm)
+            and is_plain(self.act, nn.GELU)
+            and self.act.approximate == "none"
+        )
 
 
 class ResidualConvStem(nn.Module):

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vmamba.ops import extension, schema
 from vmamba.ops.autocast import autocast_dtype
-from vmamba.ops.eager import differentiable
+from vmamba.ops.eager import asks_for_gradients, differentiable
 from vmamba.ops.positions import by_position, channels_first, channels_last
 from vmamba.ops.registration import LIBRARY, refuse_derivative
 
@@ -80,7 +80,7 @@ def depthwise_conv(
     if bias is not None and bias.dtype != weight.dtype:
         bias = bias.to(weight.dtype)
     inputs = (x, weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if asks_for_gradients(*inputs):
         conv = _graph_conv if torch.compiler.is_compiling() else _eager_conv
         return conv(*inputs, *geometry, *options)
     return depthwise_conv_forward(*inputs, *geometry, *options)

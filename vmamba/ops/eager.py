@@ -7,6 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def asks_for_gradients(*tensors: Tensor | None) -> bool:
+    """Whether what is computed from these tensors now will have to be differentiated."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def differentiable(op: Any, setup_context: Callable, backward: Callable, outputs: int = 1) -> Callable:

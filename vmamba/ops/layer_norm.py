@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vmamba.ops import extension, schema
 from vmamba.ops.autocast import autocast_dtype
-from vmamba.ops.eager import differentiable
+from vmamba.ops.eager import asks_for_gradients, differentiable
 from vmamba.ops.positions import by_position
 from vmamba.ops.registration import LIBRARY, refuse_derivative
 
@@ -40,7 +40,7 @@ def layer_norm(
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
-    training = _asks_for_gradients(x, weight, bias)
+    training = asks_for_gradients(x, weight, bias)
     if _has_kernel(x, out_dtype, training):
         weight, bias = weight.float(), bias.float()
         if training:
@@ -72,7 +72,7 @@ def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps:
 
 def _add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     out_dtype = autocast_dtype(x) or x.dtype
-    training = _asks_for_gradients(x, branch, weight, bias)
+    training = asks_for_gradients(x, branch, weight, bias)
     if branch.dtype == out_dtype and _has_kernel(x, out_dtype, training):
         weight, bias = weight.float(), bias.float()
         eager = training and not torch.compiler.is_compiling()
@@ -81,10 +81,6 @@ def _add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps
         return total, normed
     total = x + branch
     return total, _layer_norm(total, weight, bias, eps, out_dtype)
-
-
-def _asks_for_gradients(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _has_kernel(x: Tensor, out_dtype: torch.dtype, training: bool) -> bool:

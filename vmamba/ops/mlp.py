@@ -2,8 +2,9 @@
 
 A linear layer of few channels is bound by what it reads and writes. In 16 bits the kernel here reads the map and writes
 the result; for the backward pass it keeps the map alone and computes the hidden one again. Its results are a little
-closer to exact ones than those of three layers, which round twice on the way. Where it does not serve, on a CPU, in
-float32, for wide blocks or few positions, PyTorch's operators do.
+closer to exact ones than those of three layers, which round twice on the way. In inference the same kernel makes a
+whole residual branch: it adds the branch before, normalises the sum, and adds its result to it. Where it does not
+serve, on a CPU, in float32, for wide blocks or few positions, PyTorch's operators do.
 """
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vmamba.ops import extension, schema
 from vmamba.ops.autocast import autocast_dtype
-from vmamba.ops.eager import differentiable
+from vmamba.ops.eager import asks_for_gradients, differentiable
 from vmamba.ops.registration import LIBRARY, refuse_derivative
 
 # serves_mlp and serves_mlp_backward in csrc/cuda/mlp.h
@@ -46,14 +47,61 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     dtype = autocast_dtype(x) or x.dtype
     x, weight1, weight2 = x.to(dtype), weight1.to(dtype), weight2.to(dtype)
     inputs = (x, weight1, bias1.float(), weight2, bias2.float())
-    if not _asks_for_gradients(inputs):
+    if not asks_for_gradients(*inputs):
         return torch.ops.vmamba.mlp_forward(*inputs)
     return (torch.ops.vmamba.mlp if torch.compiler.is_compiling() else _eager_mlp)(*inputs)
 
 
+@register_notrace_function
+def residual_mlp(
+    x: Tensor,
+    branch: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+) -> Tensor:
+    """``total + mlp(layer_norm(total))``, where the total is ``x + branch``: a whole residual branch in one pass.
+
+    Only where :func:`serves_residual_mlp`; without derivatives.
+
+    Args:
+        x: (..., channels), the residual stream.
+        branch: Of the shape of ``x``, the branch that ended before; None for none.
+        norm_weight: (channels).
+        norm_bias: (channels).
+        eps: Added to the variance.
+        weight1: (hidden, channels).
+        bias1: (hidden).
+        weight2: (channels, hidden).
+        bias2: (channels).
+
+    Returns:
+        Of the shape and dtype of ``x``.
+    """
+    dtype = autocast_dtype(x) or x.dtype
+    branch = None if branch is None else branch.to(dtype)
+    norm = (norm_weight.float(), norm_bias.float(), eps)
+    weights = (weight1.to(dtype), bias1.float(), weight2.to(dtype), bias2.float())
+    return torch.ops.vmamba.mlp_residual(x, branch, *norm, *weights)
+
+
+def serves_residual_mlp(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, *weights: Tensor) -> bool:
+    """Whether :func:`residual_mlp` has a kernel for these tensors: where :func:`mlp` has one, but in inference."""
+    return (
+        not asks_for_gradients(x, norm_weight, norm_bias, *weights)
+        and serves_mlp(x, *weights)
+        and x.dtype in (torch.float32, autocast_dtype(x) or x.dtype)
+        and norm_weight.shape == norm_bias.shape == x.shape[-1:]
+    )
+
+
 def serves_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> bool:
     """Whether :func:`mlp` has a kernel for these tensors, and it is the faster way."""
-    channels = _CHANNELS_BACKWARD if _asks_for_gradients((x, weight1, bias1, weight2, bias2)) else _CHANNELS
+    channels = _CHANNELS_BACKWARD if asks_for_gradients(x, weight1, bias1, weight2, bias2) else _CHANNELS
     hidden, width = weight1.shape
     return (
         _has_kernel(x)
@@ -73,10 +121,6 @@ def _has_kernel(x: Tensor) -> bool:
     )
 
 
-def _asks_for_gradients(inputs: tuple[Tensor, ...]) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-
-
 def _fake(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -86,6 +130,12 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     activation = x.new_empty((*x.shape[:-1], weight1.shape[0]))
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), activation, activation.clone(), torch.empty_like(bias1)
+
+
+def _fake_residual(
+    x: Tensor, branch: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float, *weights: Tensor
+) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _setup_context(ctx, inputs, output):
@@ -109,6 +159,11 @@ def _flops(x_shape, weight1_shape, *args, **kwargs) -> int:
     return 4 * x_shape.numel() * weight1_shape[0]
 
 
+def _residual_flops(x_shape, branch_shape, norm_weight_shape, norm_bias_shape, eps, weight1_shape, *args, **kwargs):
+    """Those of the MLP; a norm is not counted, here or elsewhere."""
+    return _flops(x_shape, weight1_shape)
+
+
 def _backward_flops(grad_shape, x_shape, weight1_shape, *args, **kwargs) -> int:
     """The two products that a gradient of ``x`` takes, as of two layers: computing again is not counted."""
     return 4 * x_shape.numel() * weight1_shape[0]
@@ -121,7 +176,11 @@ for _op in ("mlp", "mlp_forward"):
 LIBRARY.define(f"mlp_backward{schema.MLP_BACKWARD}", tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.register_fake("vmamba::mlp_backward", _fake_backward, lib=LIBRARY)
 register_flop_formula(torch.ops.vmamba.mlp_backward)(_backward_flops)
+LIBRARY.define(f"mlp_residual{schema.MLP_RESIDUAL}", tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.register_fake("vmamba::mlp_residual", _fake_residual, lib=LIBRARY)
+register_flop_formula(torch.ops.vmamba.mlp_residual)(_residual_flops)
 torch.library.register_autograd("vmamba::mlp", _backward, setup_context=_setup_context, lib=LIBRARY)
+refuse_derivative("mlp_residual", "vmamba's residual MLP has no derivative; use vmamba.ops.mlp")
 refuse_derivative("mlp_backward", "vmamba's mlp is differentiable once; use torch.nn.functional.linear and gelu")
 
 _eager_mlp = differentiable(torch.ops.vmamba.mlp_forward, _setup_context, _backward)

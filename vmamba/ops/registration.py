@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vmamba.ops import extension, schema
 from vmamba.ops.autocast import autocast_dtype
-from vmamba.ops.eager import differentiable
+from vmamba.ops.eager import asks_for_gradients, differentiable
 
 ONCE = "selective_scan is differentiable once; for second derivatives pass backend='reference', or drop create_graph"
 
@@ -46,7 +46,7 @@ def call(
     u, dt, B, C = _one_dtype(u, dt, B, C)
     inputs = (u, dt, _float32(A), B, C, _float32(D), _float32(dt_weight), _float32(dt_bias))
     tables = (route, param_route, reset)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if asks_for_gradients(*inputs):
         every = checkpoint_steps(u.device.type, A.shape[-1])
         in_a_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # which shows operators, not Python
         scan = torch.ops.vmamba.selective_scan if in_a_graph else _eager_scan

@@ -53,6 +53,15 @@ MLP_BACKWARD = (
     "(Tensor, Tensor, Tensor, Tensor)"
 )
 """Gradient of x, what is hidden behind GELU, the gradient of what is hidden before it, and its sums over positions."""
+MLP_RESIDUAL = (
+    "(Tensor x, Tensor? branch, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1, Tensor bias1, "
+    "Tensor weight2, Tensor bias2) -> Tensor"
+)
+
+CONV_NORM_GELU = (
+    "(Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps, int stride, "
+    "ScalarType out_dtype) -> Tensor"
+)
 
 _CONV = (
     "Tensor x, SymInt[] size, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
