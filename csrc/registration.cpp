@@ -559,26 +559,37 @@ Tensor mlp(Tensor given, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bi
     return y;
 }
 
-Tensor mlp_residual(Tensor given, OptionalTensor given_branch, Tensor given_norm_weight, Tensor given_norm_bias,
-                    double eps, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) {
+Tensor mlp_residual(Tensor given, OptionalTensor given_branch, OptionalTensor branch_norm_weight,
+                    OptionalTensor branch_norm_bias, double branch_eps, OptionalTensor given_projection,
+                    Tensor norm_weight, Tensor norm_bias, double eps, Tensor weight1, Tensor bias1, Tensor weight2,
+                    Tensor bias2) {
     const MlpForwardArguments arguments(given, weight1.scalar_type(), weight1, bias1, weight2, bias2);
     const Tensor& x = arguments.x;
     cuda::MlpResidual mlp{arguments.forward};
     mlp.x_dtype = scalar_of(x.scalar_type());
     STD_TORCH_CHECK(mlp.x_dtype == Scalar::f32 || mlp.x_dtype == mlp.dtype,
                     "x must be float32 or have the dtype of weight1");
-    OptionalTensor branch;
+    OptionalTensor branch, projection;
+    std::vector<Tensor> kept;
+    const auto numbers = [&](const Tensor& tensor, const char* name) {
+        kept.push_back(dense(tensor));
+        arguments.check_bias(kept.back(), name, mlp.channels);
+        return static_cast<const float*>(kept.back().const_data_ptr());
+    };
     if (given_branch) {
         branch = arguments.check(*given_branch, "branch");
         STD_TORCH_CHECK(same_sizes(*branch, sizes_of(x)), "branch must have the shape of x");
         mlp.branch = branch->const_data_ptr();
     }
-    const Tensor norm_weight = dense(given_norm_weight), norm_bias = dense(given_norm_bias);
-    arguments.check_bias(norm_weight, "norm_weight", mlp.channels);
-    arguments.check_bias(norm_bias, "norm_bias", mlp.channels);
-    mlp.norm_weight = static_cast<const float*>(norm_weight.const_data_ptr());
-    mlp.norm_bias = static_cast<const float*>(norm_bias.const_data_ptr());
-    mlp.eps = static_cast<float>(eps);
+    if (given_projection) {
+        STD_TORCH_CHECK(branch && branch_norm_weight && branch_norm_bias,
+                        "a projection takes a branch and the parameters of its norm");
+        projection = arguments.weight(*given_projection, "projection", mlp.channels, mlp.channels);
+        mlp.projection = projection->const_data_ptr();
+        mlp.branch_norm = {numbers(*branch_norm_weight, "branch_norm_weight"),
+                           numbers(*branch_norm_bias, "branch_norm_bias"), static_cast<float>(branch_eps)};
+    }
+    mlp.norm = {numbers(norm_weight, "norm_weight"), numbers(norm_bias, "norm_bias"), static_cast<float>(eps)};
     Tensor y = new_tensor(x, sizes_of(x), x.scalar_type());
     mlp.y = y.mutable_data_ptr();
     cuda::mlp_residual(mlp, y.get_device_index());

@@ -35,12 +35,18 @@ struct MlpForward : Mlp {
     void* y = nullptr;              // (rows, channels)
 };
 
-// A residual branch: total + mlp(layer_norm(total)), where total is x, or x + branch.
+// A residual branch: total + mlp(layer_norm(total)), where total is x, x + branch, or
+// x + linear(layer_norm(branch), projection).
 struct MlpResidual : MlpForward {
-    const void* branch = nullptr;        // (rows, channels), or null
-    const float* norm_weight = nullptr;  // (channels), as norm_bias
-    const float* norm_bias = nullptr;
-    float eps = 0.0f;
+    struct Norm {
+        const float* weight = nullptr;  // (channels)
+        const float* bias = nullptr;
+        float eps = 0.0f;
+    };
+    const void* branch = nullptr;      // (rows, channels), or null
+    const void* projection = nullptr;  // (channels, channels), or null
+    Norm branch_norm;                  // before the projection
+    Norm norm;
     Scalar x_dtype = Scalar::f32;  // of x and y: float32 or dtype
 };
 

@@ -31,21 +31,23 @@ __device__ __forceinline__ int tiles_of_block(int64_t tiles) {
     return static_cast<int>((tiles - blockIdx.x + gridDim.x - 1) / gridDim.x);
 }
 
-// What is around the two products of a forward pass: `read_ahead` asks for the next rows while the last are being
-// written, `begin` makes the operand of the first product and what the second one adds to.
+// What is around the two products of a forward pass. `begin` makes the operand of the first and what the second adds
+// to; `prefetch` asks for the next rows before the products, `read_ahead` reads them when those are done, but before
+// their results are written. kPieces: what it has in shared memory.
 
 // The MLP and nothing else.
 template <typename T, int Channels>
 struct Alone {
     using Arguments = MlpForward;
-    static constexpr int kRows = ForwardShape<Channels>::kRows, kBlocks = Channels / 32, kNumbers = Channels;
+    static constexpr int kRows = ForwardShape<Channels>::kRows, kBlocks = Channels / 32, kPieces = Channels / 2;
     const Arguments& mlp;
     const float4* bias;
     int g, q;
 
-    __device__ Alone(const Arguments& mlp, float4* numbers, int g, int q) : mlp(mlp), bias(numbers), g(g), q(q) {
-        copy_pairs(numbers, mlp.bias2, Channels);
+    __device__ Alone(const Arguments& mlp, float4* shared, int g, int q) : mlp(mlp), bias(shared), g(g), q(q) {
+        copy_pairs(shared, mlp.bias2, Channels);
     }
+    __device__ __forceinline__ void prefetch(int64_t) const {}
     __device__ __forceinline__ void read_ahead(Left (&x)[kRows][kBlocks], int64_t first) const {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) load_rows<T, Channels>(x[r], mlp.x, first + 16 * r, mlp.rows, g, q);
@@ -66,38 +68,83 @@ struct Alone {
     }
 };
 
-// A residual branch, whose sum stays in the registers that the second product adds to.
-template <typename X, typename T, int Channels>
+// A residual branch, whose sum stays in the registers that the second product adds to. There are none for reading
+// ahead. Projects: the branch before it is normalised and projected first.
+template <typename X, typename T, int Channels, bool Projects>
 struct Residual {
     using Arguments = MlpResidual;
-    static constexpr int kRows = ForwardShape<Channels>::kRows, kBlocks = Channels / 32, kNumbers = 3 * Channels;
+    using Norm = MlpResidual::Norm;
+    static constexpr int kRows = ForwardShape<Channels>::kRows, kBlocks = Channels / 32;
+    static constexpr int kNumbers = Channels / 2;  // pieces of one number for each channel
+    static constexpr int kPieces = Projects ? 5 * kNumbers + kBlocks * ByUnit<Channels>::kPieces : 3 * kNumbers;
     const Arguments& mlp;
-    const float4 *bias, *norm_weight, *norm_bias;
+    const float4* numbers;  // bias; norm; norm of the branch
+    const uint4* projection;
     int g, q;
 
-    __device__ Residual(const Arguments& mlp, float4* numbers, int g, int q)
-        : mlp(mlp), bias(numbers), norm_weight(numbers + Channels / 2), norm_bias(numbers + Channels), g(g), q(q) {
-        copy_pairs(numbers, mlp.bias2, Channels);
-        copy_pairs(numbers + Channels / 2, mlp.norm_weight, Channels);
-        copy_pairs(numbers + Channels, mlp.norm_bias, Channels);
+    __device__ Residual(const Arguments& mlp, float4* shared, int g, int q)
+        : mlp(mlp), numbers(shared), projection(reinterpret_cast<uint4*>(shared + 5 * kNumbers)), g(g), q(q) {
+        copy_pairs(shared, mlp.bias2, Channels);
+        copy_norm(shared + kNumbers, mlp.norm);
+        if constexpr (Projects) {
+            copy_norm(shared + 3 * kNumbers, mlp.branch_norm);
+            for (int block = 0; block < kBlocks; ++block)
+                ByUnit<Channels>::stage(
+                    reinterpret_cast<uint4*>(shared + 5 * kNumbers) + block * ByUnit<Channels>::kPieces,
+                    static_cast<const T*>(mlp.projection), block);
+        }
     }
-    __device__ __forceinline__ void read_ahead(Left (&)[kRows][kBlocks], int64_t) const {}  // no registers are free
+    __device__ __forceinline__ void prefetch(int64_t first) const {
+        prefetch_rows<16 * kRows>(mlp.x, first, mlp.rows, Channels * sizeof(X));
+        if (mlp.branch) prefetch_rows<16 * kRows>(mlp.branch, first, mlp.rows, Channels * sizeof(T));
+    }
+    __device__ __forceinline__ void read_ahead(Left (&)[kRows][kBlocks], int64_t) const {}
     __device__ __forceinline__ void begin(Left (&x)[kRows][kBlocks], Tiles (&y)[kRows][kBlocks], int64_t first) const {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            read_tiles<X, false>(y[r], mlp.x, first + 16 * r, mlp.rows, g, q);
-            if (mlp.branch) read_tiles<T, true>(y[r], mlp.branch, first + 16 * r, mlp.rows, g, q);
+        if constexpr (Projects) {
+            read<T, false>(y, mlp.branch, first);
+            norm(x, y, numbers + 3 * kNumbers, mlp.branch_norm.eps);
+            read<X, false>(y, mlp.x, first);
+            project(y, x);
+        } else {
+            read<X, false>(y, mlp.x, first);
+            if (mlp.branch) read<T, true>(y, mlp.branch, first);
         }
+        norm(x, y, numbers + kNumbers, mlp.norm.eps);
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            norm_rows<T>(x[r], y[r], norm_weight, norm_bias, mlp.eps, q);
+        for (int r = 0; r < kRows; ++r)
 #pragma unroll
-            for (int block = 0; block < kBlocks; ++block) y[r][block].add(bias + 16 * block, q);
-        }
+            for (int block = 0; block < kBlocks; ++block) y[r][block].add(numbers + 16 * block, q);
     }
     __device__ __forceinline__ void write(const Tiles (&y)[kRows][kBlocks], int64_t first) const {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) write_tiles<X>(mlp.y, y[r], first + 16 * r, mlp.rows, g, q);
+    }
+
+  private:
+    __device__ static void copy_norm(float4* to, const Norm& norm) {
+        copy_pairs(to, norm.weight, Channels);
+        copy_pairs(to + kNumbers, norm.bias, Channels);
+    }
+    template <typename From, bool Add>
+    __device__ __forceinline__ void read(Tiles (&y)[kRows][kBlocks], const void* from, int64_t first) const {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) read_tiles<From, Add>(y[r], from, first + 16 * r, mlp.rows, g, q);
+    }
+    __device__ __forceinline__ void norm(Left (&to)[kRows][kBlocks], const Tiles (&rows)[kRows][kBlocks],
+                                         const float4* parameters, float eps) const {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) norm_rows<T>(to[r], rows[r], parameters, parameters + kNumbers, eps, q);
+    }
+    __device__ __forceinline__ void project(Tiles (&y)[kRows][kBlocks], const Left (&x)[kRows][kBlocks]) const {
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+            Tiles sum[kRows];
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) sum[r] = y[r][block];
+            to_hidden<T, Channels>(sum, x, projection + block * ByUnit<Channels>::kPieces, g, q);
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) y[r][block] = sum[r];
+        }
     }
 };
 
@@ -120,7 +167,10 @@ __global__ void __launch_bounds__(32 * ForwardShape<Channels>::kWarps, 1)
     const int tiles = tiles_of_block(ceil_div(mlp.rows, kTileRows<Shape>));
     Chunks<Resident, Shape::kPieces> chunks{shared, count};
     chunks.begin(tiles, stage);
-    if constexpr (!Resident) __syncthreads();  // the biases
+    if constexpr (!Resident) {  // what is not in chunks
+        wait_for_copies<0>();
+        __syncthreads();
+    }
 
     int64_t first = int64_t(blockIdx.x) * kTileRows<Shape> + threadIdx.x / 32 * 16 * kRows;
     Left x[kRows][kBlocks];
@@ -128,6 +178,9 @@ __global__ void __launch_bounds__(32 * ForwardShape<Channels>::kWarps, 1)
     for (int tile = 0; tile < tiles; ++tile) {
         Tiles y[kRows][kBlocks];
         around.begin(x, y, first);
+        const int64_t written = first;
+        first += int64_t(gridDim.x) * kTileRows<Shape>;
+        around.prefetch(first);
         chunks.walk(stage, [&](const uint4* weights, int chunk) {
             Tiles hidden[kRows];
 #pragma unroll
@@ -142,8 +195,6 @@ __global__ void __launch_bounds__(32 * ForwardShape<Channels>::kWarps, 1)
             }
             from_hidden<T, Channels>(y, activation, weights + ByUnit<Channels>::kPieces, g, q);
         });
-        const int64_t written = first;
-        first += int64_t(gridDim.x) * kTileRows<Shape>;
         around.read_ahead(x, first);
         around.write(y, written);
     }
@@ -237,11 +288,11 @@ __global__ void __launch_bounds__(32 * BackwardShape<Channels>::kWarps, 1)
 // Launches
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Calls run(std::true_type{}, bytes) where all chunks fit into shared memory, with `numbers` of biases, else
+// Calls run(std::true_type{}, bytes) where all chunks fit into shared memory beside `others` pieces, else
 // run(std::false_type{}, bytes).
 template <typename Shape, typename Run>
-void with_residence(int chunks, int numbers, int device, const Run& run) {
-    const auto bytes = [&](int kept) { return (kept * Shape::kPieces + numbers / 2) * int(sizeof(uint4)); };
+void with_residence(int chunks, int others, int device, const Run& run) {
+    const auto bytes = [&](int kept) { return (kept * Shape::kPieces + others) * int(sizeof(uint4)); };
     if (bytes(chunks) <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) {
         run(std::true_type{}, bytes(chunks));
     } else {
@@ -252,8 +303,8 @@ void with_residence(int chunks, int numbers, int device, const Run& run) {
 template <typename T, int Channels, typename Around>
 void forward(const typename Around::Arguments& mlp, int device, cudaStream_t stream) {
     using Shape = ForwardShape<Channels>;
-    const int numbers = mlp.hidden + Around::kNumbers;
-    with_residence<Shape>(mlp.hidden / kMlpChunk, numbers, device, [&](auto resident, int bytes) {
+    const int others = mlp.hidden / 2 + Around::kPieces;
+    with_residence<Shape>(mlp.hidden / kMlpChunk, others, device, [&](auto resident, int bytes) {
         launch(forward_kernel<T, Channels, resident.value, Around>, blocks_for(mlp.rows, kTileRows<Shape>, device),
                32 * Shape::kWarps, bytes, stream, mlp);
     });
@@ -266,16 +317,21 @@ void alone(const MlpForward& mlp, int device, cudaStream_t stream) {
 
 template <typename T, int Channels>
 void residual(const MlpResidual& mlp, int device, cudaStream_t stream) {
-    const bool wide = mlp.x_dtype == Scalar::f32;
-    (wide ? forward<T, Channels, Residual<float, T, Channels>>
-          : forward<T, Channels, Residual<T, T, Channels>>)(mlp, device, stream);
+    const auto run = [&](auto projects) {
+        constexpr bool kProjects = decltype(projects)::value;
+        if (mlp.x_dtype == Scalar::f32)
+            return forward<T, Channels, Residual<float, T, Channels, kProjects>>(mlp, device, stream);
+        forward<T, Channels, Residual<T, T, Channels, kProjects>>(mlp, device, stream);
+    };
+    if (mlp.projection) return run(std::true_type{});
+    run(std::false_type{});
 }
 
 template <typename T, int Channels>
 void backward(const MlpBackward& mlp, float* partial, int device, cudaStream_t stream) {
     using Shape = BackwardShape<Channels>;
     const int blocks = blocks_for(mlp.rows, kTileRows<Shape>, device);
-    with_residence<Shape>(mlp.hidden / kMlpChunk, mlp.hidden, device, [&](auto resident, int bytes) {
+    with_residence<Shape>(mlp.hidden / kMlpChunk, mlp.hidden / 2, device, [&](auto resident, int bytes) {
         launch(backward_kernel<T, Channels, resident.value>, blocks, 32 * Shape::kWarps, bytes, stream, mlp, partial);
     });
     sum_partials(partial, blocks * Shape::kWarps, mlp.hidden, mlp.dbias1, mlp.hidden, nullptr, stream);

@@ -192,6 +192,16 @@ __device__ __forceinline__ void store_rows(void* to, const Left& from, int64_t f
     if (first + g + 8 < rows) *reinterpret_cast<uint4*>(target + 8 * int64_t{columns}) = from.bottom();
 }
 
+// Has a warp's rows brought from memory to the L2 cache.
+template <int Rows>
+__device__ __forceinline__ void prefetch_rows(const void* from, int64_t first, int64_t rows, int64_t row_bytes) {
+    constexpr int kLine = 128;
+    const char* begin = static_cast<const char*>(from) + first * row_bytes;
+    const int64_t bytes = min(int64_t{Rows}, rows - first) * row_bytes;  // negative behind the last row
+    for (int64_t at = threadIdx.x % 32 * kLine; at < bytes; at += 32 * kLine)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(begin + at));
+}
+
 // The eight neighbours of a row that a lane has of every 32 columns, in pairs.
 template <typename T>
 struct Eight {

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.ops.scan_cases import relative_error
-from vmamba.layers import Mlp, PreNormBlock
+from vmamba.layers import SS2D, Mlp, PreNormBlock
 from vmamba.ops import mlp
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -235,22 +235,29 @@ def test_what_it_refuses():
 # -- A residual branch ------------------------------------------------------------------------------------------------
 
 RESIDUAL = torch.ops.vmamba.mlp_residual
+NOTHING = (None, None, 0.0, None)  # to be done with a branch
+
+
+def normal(*shape):
+    return torch.randn(shape, device="cuda")
 
 
 def residual_operands(rows, channels, hidden, x_dtype, dtype):
-    x, *weights = operands(rows, channels, hidden, dtype)
-    stream = 3 * torch.randn(rows, channels, device="cuda").to(x_dtype) + 1
-    norm = torch.randn(channels, device="cuda"), torch.randn(channels, device="cuda"), 1e-3
-    return stream, x, *norm, *weights
+    """The stream, a branch, the norm and the projection at its end, the norm before the MLP, and the MLP's weights."""
+    branch, *weights = operands(rows, channels, hidden, dtype)
+    stream = (3 * normal(rows, channels) + 1).to(x_dtype)
+    norms = [(normal(channels), normal(channels), 1e-3) for _ in range(2)]
+    projection = (normal(channels, channels) / channels**0.5).to(dtype)
+    return stream, 2 * branch + 1, (*norms[0], projection), (*norms[1], *weights)
 
 
-def residual_exactly(x, branch, norm_weight, norm_bias, eps, *weights):
+def residual_truth(x, branch, end, rest):
+    x, branch, *rest = (t.double() if isinstance(t, torch.Tensor) else t for t in (x, branch, *end, *rest))
+    weight, bias, eps, projection, norm_weight, norm_bias, norm_eps, *weights = rest
+    if projection is not None:
+        branch = F.linear(F.layer_norm(branch, weight.shape, weight, bias, eps), projection)
     total = x if branch is None else x + branch
-    return total + exactly(F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, eps), *weights)
-
-
-def residual_truth(operands):
-    return residual_exactly(*(t.double() if isinstance(t, torch.Tensor) else t for t in operands))
+    return total + exactly(F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, norm_eps), *weights)
 
 
 @dtypes
@@ -259,44 +266,43 @@ def residual_truth(operands):
 @pytest.mark.parametrize("channels", [64, 96, 128])
 @pytest.mark.parametrize("rows", [1, 17, 255, 70001])
 def test_residual(rows, channels, hidden, wide, dtype):
-    x, branch, *rest = residual_operands(rows, channels, hidden, torch.float32 if wide else dtype, dtype)
-    for given in (branch, None):
-        y = RESIDUAL(x, given, *rest)
+    x, branch, end, rest = residual_operands(rows, channels, hidden, torch.float32 if wide else dtype, dtype)
+    for given in ((None, NOTHING), (branch, NOTHING), (branch, end)):
+        y = RESIDUAL(x, given[0], *given[1], *rest)
         assert y.dtype == x.dtype and y.shape == x.shape
-        total = x.double() if given is None else x.double() + given
-        # Of the branch alone, which is what the kernel rounds.
-        truth = residual_truth((x, given, *rest))
-        assert relative_error(y - total, truth - total) < TOLERANCE[dtype] * (1 if wide else 3)
-        assert torch.equal(y, RESIDUAL(x, given, *rest))
+        # What is added, which is what the kernel rounds.
+        truth = residual_truth(x, *given, rest)
+        assert relative_error(y - x.double(), truth - x) < TOLERANCE[dtype] * (1 if wide else 3)
+        assert torch.equal(y, RESIDUAL(x, given[0], *given[1], *rest))
 
 
 def test_residual_rows_do_not_meet():
     """A NaN stays in its own row, and what is not there is not read."""
-    x, branch, *rest = residual_operands(40, 96, 384, torch.float32, torch.bfloat16)
-    want = RESIDUAL(x, branch, *rest)
-    x[7, 3] = float("nan")
-    y = RESIDUAL(x, branch, *rest)
-    assert y.isnan().any(1).nonzero().flatten().tolist() == [7]
-    assert torch.equal(y[8:], want[8:]) and torch.equal(RESIDUAL(x[8:], branch[8:], *rest), want[8:])
-    assert RESIDUAL(x[:0], branch[:0], *rest).shape == (0, 96)
+    x, branch, end, rest = residual_operands(40, 96, 384, torch.float32, torch.bfloat16)
+    want = RESIDUAL(x, branch, *end, *rest)
+    x[7, 3] = branch[9, 2] = float("nan")
+    y = RESIDUAL(x, branch, *end, *rest)
+    assert y.isnan().any(1).nonzero().flatten().tolist() == [7, 9]
+    assert torch.equal(y[10:], want[10:]) and torch.equal(RESIDUAL(x[10:], branch[10:], *end, *rest), want[10:])
+    assert RESIDUAL(x[:0], branch[:0], *end, *rest).shape == (0, 96)
 
 
 def test_residual_of_maps_and_views():
-    x, branch, *rest = residual_operands(2 * 5 * 7, 64, 256, torch.float32, torch.bfloat16)
-    want = RESIDUAL(x, branch, *rest).view(2, 5, 7, 64)
+    x, branch, end, rest = residual_operands(2 * 5 * 7, 64, 256, torch.float32, torch.bfloat16)
+    want = RESIDUAL(x, branch, *end, *rest).view(2, 5, 7, 64)
     maps, wide = x.view(2, 5, 7, 64), torch.cat([branch, branch], -1)[:, 64:].view(2, 5, 7, 64)
-    assert torch.equal(RESIDUAL(maps, wide, *rest), want)
+    assert torch.equal(RESIDUAL(maps, wide, *end, *rest), want)
     buffer = torch.empty(x.numel() + 1, device="cuda")
-    assert torch.equal(RESIDUAL(buffer[1:].view_as(x).copy_(x), branch, *rest), want.flatten(0, 2))
+    assert torch.equal(RESIDUAL(buffer[1:].view_as(x).copy_(x), branch, *end, *rest), want.flatten(0, 2))
 
 
 def test_residual_captured_in_a_graph():
-    inputs = residual_operands(999, 96, 384, torch.float32, torch.bfloat16)
-    want = RESIDUAL(*inputs)
+    x, branch, end, rest = residual_operands(999, 96, 384, torch.float32, torch.bfloat16)
+    want = RESIDUAL(x, branch, *end, *rest)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = RESIDUAL(*inputs)
+        found = RESIDUAL(x, branch, *end, *rest)
     graph.replay()
     assert torch.equal(found, want)
 
@@ -307,27 +313,33 @@ def test_residual_captured_in_a_graph():
 def test_a_block_is_no_further_from_the_truth_than_its_parts(autocast, compiled):
     torch.compiler.reset()
     torch.manual_seed(0)
-    block = PreNormBlock(96, torch.nn.Identity(), Mlp(96, 384)).cuda().eval()
-    x = torch.randn(2, 96, 96, 96, device="cuda")
-    expected = block.double()(x.double())
+    block = PreNormBlock(96, SS2D(96), Mlp(96, 384)).cuda().eval()
+    x = normal(2, 96, 96, 96)
+    expected = block(x)
     dtype = torch.float32 if autocast else torch.bfloat16
     block, x = block.to(dtype), x.to(dtype)
     with torch.autocast("cuda", autocast or torch.bfloat16, enabled=autocast is not None):
-        assert block.branches(x)[1] is None
-        y = (torch.compile(block, fullgraph=True) if compiled else block)(x)
-        total, normed = block.norm2(x, block.norm1(x))
+        with torch.profiler.profile() as profile:
+            y = (torch.compile(block, fullgraph=True) if compiled else block)(x)
+        total, normed = block.norm2(x, block.mixer(block.norm1(x)))
         parts = total + block.mlp(normed)
+    names = {event.name for event in profile.events()}
+    assert any("mlp_residual" in name for name in names)
     assert y.dtype == parts.dtype
-    assert relative_error(y, expected) < 1.5 * relative_error(parts, expected) + 1e-4
+    assert relative_error(y, expected) < 1.2 * relative_error(parts, expected) + 1e-4
 
 
 def test_what_a_residual_branch_refuses():
-    x, branch, *rest = residual_operands(8, 64, 128, torch.float32, torch.bfloat16)
+    x, branch, end, rest = residual_operands(8, 64, 128, torch.float32, torch.bfloat16)
     with pytest.raises(RuntimeError, match="branch must have the shape of x"):
-        RESIDUAL(x, branch[:4], *rest)
+        RESIDUAL(x, branch[:4], *end, *rest)
     with pytest.raises(RuntimeError, match="branch must have the dtype of weight1"):
-        RESIDUAL(x, branch.float(), *rest)
+        RESIDUAL(x, branch.float(), *end, *rest)
     with pytest.raises(RuntimeError, match="x must be float32 or have the dtype of weight1"):
-        RESIDUAL(x.half(), branch, *rest)
+        RESIDUAL(x.half(), branch, *end, *rest)
     with pytest.raises(RuntimeError, match="norm_bias must be 64 numbers in float32"):
-        RESIDUAL(x, branch, rest[0], rest[1][:8], *rest[2:])
+        RESIDUAL(x, branch, *end, rest[0], rest[1][:8], *rest[2:])
+    with pytest.raises(RuntimeError, match="takes a branch and the parameters of its norm"):
+        RESIDUAL(x, None, *end, *rest)
+    with pytest.raises(RuntimeError, match=r"projection must be \(64, 64\)"):
+        RESIDUAL(x, branch, *end[:3], end[3][:32], *rest)

@@ -1,6 +1,7 @@
 """A narrow MLP as one operator: what surrounds the CUDA kernels, with PyTorch in their place."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.standing_in import standing_in
-from vmamba.layers import Mlp, PreNormBlock, run_blocks
+from vmamba.layers import SS2D, GatedSS2D, Mlp, PreNormBlock, run_blocks
 from vmamba.ops import mlp
 
 module = sys.modules["vmamba.ops.mlp"]  # the package has a function of that name
@@ -236,20 +237,23 @@ def test_a_layer_calls_what_is_not_plain(change):
 # -- A residual branch ------------------------------------------------------------------------------------------------
 
 
-def residual_plainly(x, branch, norm_weight, norm_bias, eps, *weights):
-    total = x if branch is None else x + branch
-    normed = F.layer_norm(total.float(), norm_weight.shape, norm_weight, norm_bias, eps)
-    return total + plainly(normed.to(weights[0].dtype), *weights)
+def norm_plainly(x, weight, bias, eps, dtype):
+    return F.layer_norm(x.float(), weight.shape, weight, bias, eps).to(dtype)
 
 
-def residual_kernel(x, branch, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2):
+def residual_kernel(x, branch, branch_weight, branch_bias, branch_eps, projection, weight, bias, eps, *weights):
+    weight1, bias1, weight2, bias2 = weights
     dtype = weight1.dtype
-    assert weight2.dtype == dtype and x.dtype in (dtype, torch.float32)
-    assert branch is None or branch.dtype == dtype
-    assert {t.dtype for t in (norm_weight, norm_bias, bias1, bias2)} == {torch.float32}
-    return residual_plainly(
-        x, branch, norm_weight, norm_bias, eps, weight1, bias1.to(dtype), weight2, bias2.to(dtype)
-    ).to(x.dtype)
+    assert x.dtype in (dtype, torch.float32)
+    assert {t.dtype for t in (branch, projection, weight2) if t is not None} <= {dtype}
+    assert {t.dtype for t in (branch_weight, branch_bias, weight, bias, bias1, bias2) if t is not None} == {
+        torch.float32
+    }
+    if projection is not None:
+        branch = F.linear(norm_plainly(branch, branch_weight, branch_bias, branch_eps, dtype), projection)
+    total = x if branch is None else x + branch
+    y = plainly(norm_plainly(total, weight, bias, eps, dtype), weight1, bias1.to(dtype), weight2, bias2.to(dtype))
+    return (total + y).to(x.dtype)
 
 
 @pytest.fixture
@@ -258,11 +262,13 @@ def residual_kernels(kernels):
         yield
 
 
-def block(**options):
+def block(mixer=None, **options):
     torch.manual_seed(0)
-    block = PreNormBlock(CHANNELS, nn.Linear(CHANNELS, CHANNELS), Mlp(CHANNELS, HIDDEN), **options).eval()
-    nn.init.normal_(block.norm2.weight)
-    nn.init.normal_(block.norm2.bias)
+    mixer = nn.Linear(CHANNELS, CHANNELS) if mixer is None else mixer(CHANNELS)
+    block = PreNormBlock(CHANNELS, mixer, Mlp(CHANNELS, HIDDEN), **options).eval()
+    for norm in (block.norm2, getattr(mixer, "out_norm", block.norm1)):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
     return block
 
 
@@ -273,10 +279,11 @@ def ends_in_one_pass(block, x):
 @pytest.mark.usefixtures("residual_kernels")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+@pytest.mark.parametrize("mixer", [None, SS2D])
 @torch.no_grad()
-def test_a_block_ends_in_one_pass(precision, compiled):
+def test_a_block_ends_in_one_pass(mixer, precision, compiled):
     torch.compiler.reset()
-    ours, x = block(), leaves()[0].detach()
+    ours, x = block(mixer), leaves()[0].detach()
     expected = x + ours.mixer(ours.norm1(x))
     expected = (expected + ours.mlp(ours.norm2(expected))).double()
     if precision == "bfloat16":
@@ -342,6 +349,36 @@ def test_a_block_calls_what_is_not_plain(change):
 
 
 @pytest.mark.usefixtures("residual_kernels")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mixer: mixer.out_norm.register_forward_hook(lambda *_: None),
+        lambda mixer: mixer.out_proj.register_forward_pre_hook(lambda *_: None),
+        lambda mixer: mixer.register_forward_hook(lambda *_: None),
+        lambda mixer: setattr(mixer, "out_proj", nn.Linear(CHANNELS, CHANNELS, bias=True).bfloat16()),
+        lambda mixer: mixer.half(),
+    ],
+    ids=["norm's hook", "projection's pre-hook", "hook", "bias", "float16"],
+)
+@torch.no_grad()
+def test_a_mixer_ends_itself_where_somebody_could_tell(change):
+    ours, x = block(SS2D).bfloat16(), leaves()[0].detach().bfloat16()
+    assert ours._without_end(x)[1] is not None
+    change(ours.mixer)
+    x = x.to(ours.mixer.in_proj.weight.dtype)
+    branch, projection = ours._without_end(x)
+    assert projection is None and torch.equal(branch, ours.mixer(x))
+
+
+@pytest.mark.usefixtures("residual_kernels")
+@torch.no_grad()
+def test_a_wider_or_gated_mixer_ends_itself():
+    x = leaves()[0].detach().bfloat16()
+    for mixer in (partial(SS2D, ssm_ratio=2.0), GatedSS2D):
+        assert block(mixer).bfloat16()._without_end(x)[1] is None
+
+
+@pytest.mark.usefixtures("residual_kernels")
 @torch.no_grad()
 def test_a_traced_block_shows_its_parts():
     ours, x = block().requires_grad_(False), leaves()[0].detach()
@@ -354,11 +391,18 @@ def test_a_traced_block_shows_its_parts():
 @pytest.mark.usefixtures("residual_kernels")
 def test_what_is_registered_for_a_branch():
     x, *weights = (t.detach() for t in leaves())
-    norm = torch.randn(CHANNELS), torch.randn(CHANNELS), 1e-5
-    torch.library.opcheck(torch.ops.vmamba.mlp_residual, (x, torch.randn_like(x), *norm, *weights))
-    with FlopCounterMode(display=False) as counter:
-        torch.ops.vmamba.mlp_residual(x, x, *norm, *weights)
-    assert counter.get_total_flops() == 4 * x.numel() * HIDDEN
-    y = torch.ops.vmamba.mlp_residual(x.clone().requires_grad_(), x, *norm, *weights)
+    norm, no_norm = (torch.randn(CHANNELS), torch.randn(CHANNELS), 1e-5), (None, None, 0.0)
+    projection = torch.randn(CHANNELS, CHANNELS)
+    residual, products = torch.ops.vmamba.mlp_residual, 4 * x.numel() * HIDDEN
+    for branch, end, flops in (
+        (None, (*no_norm, None), products),
+        (x, (*no_norm, None), products),
+        (x, (*norm, projection), products + 2 * x.numel() * CHANNELS),
+    ):
+        torch.library.opcheck(residual, (x, branch, *end, *norm, *weights))
+        with FlopCounterMode(display=False) as counter:
+            residual(x, branch, *end, *norm, *weights)
+        assert counter.get_total_flops() == flops
+    y = residual(x.clone().requires_grad_(), x, *no_norm, None, *norm, *weights)
     with pytest.raises(NotImplementedError, match="has no derivative"):
         y.sum().backward()

@@ -11,6 +11,8 @@ from vmamba.layers.conv import DepthwiseConv2d
 from vmamba.layers.mlp import Mlp
 from vmamba.layers.norm import BranchNorm
 from vmamba.layers.plain import is_plain, names_calls
+from vmamba.layers.ss2d import SS2D
+from vmamba.ops.mlp import Projection, serves_projection
 from vmamba.ops.positions import by_position
 
 
@@ -68,22 +70,33 @@ class PreNormBlock(nn.Module):
             Two maps, each of the shape of ``x``, whose sum is the block's output; or that output and None.
         """
         x, normed = (x, self.norm1(x)) if branch is None else self.norm1(x, branch)
+        if self._ends_in_one_pass(x):
+            branch, projection = self._without_end(normed)
+            return self.mlp.residual(x, branch, self.norm2, projection), None
         branch = self.drop_path(self.mixer(normed))
         if self.mlp is None:
             return x, branch
-        if self._ends_in_one_pass(x):
-            return self.mlp.residual(x, branch, self.norm2), None
         x, normed = self.norm2(x, branch)
         return x, self.drop_path(self.mlp(normed))
 
     def _ends_in_one_pass(self, x: Tensor) -> bool:
         """Whether nobody can tell if the parts of the second branch are called, or computed in one."""
         return (
-            not names_calls(x)
+            self.mlp is not None
+            and not names_calls(x)
             and is_plain(self.mlp, Mlp)
             and (is_plain(self.drop_path, nn.Identity) or _drops_nothing(self.drop_path))
             and self.mlp.serves_residual(x, self.norm2)
         )
+
+    def _without_end(self, normed: Tensor) -> tuple[Tensor, Projection | None]:
+        """The mixer's branch, and what of it is left to the pass that ends the block."""
+        mixer: Any = self.mixer
+        projection = mixer.end() if isinstance(mixer, SS2D) else None
+        in_float32 = normed.dtype != torch.bfloat16  # are the sums of a scan
+        if projection is None or in_float32 or not serves_projection(normed, projection):
+            return mixer(normed), None
+        return mixer.without_end(normed), projection
 
     def forward(self, x: Tensor) -> Tensor:
         return _total(*self.branches(x))

@@ -6,10 +6,10 @@ import timm.layers
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from vmamba.layers.norm import BranchNorm
-from vmamba.layers.plain import is_plain
+from vmamba.layers.norm import BranchNorm, norm_of
+from vmamba.layers.plain import is_plain, is_plain_linear
 from vmamba.ops.gelu import linear_gelu, serves_linear_gelu
-from vmamba.ops.mlp import mlp, residual_mlp, serves_mlp, serves_residual_mlp
+from vmamba.ops.mlp import Projection, mlp, residual_mlp, serves_mlp, serves_residual_mlp
 from vmamba.ops.positions import by_position
 
 
@@ -31,29 +31,32 @@ class Mlp(timm.layers.Mlp):
         x = self.drop1(linear_gelu(x, fc1.weight, fc1.bias))
         return self.drop2(self.fc2(self.norm(x)))
 
-    def serves_residual(self, x: Tensor, norm: Any) -> bool:
+    def serves_residual(self, x: Tensor, norm: nn.Module) -> bool:
         """Whether :meth:`residual` has a kernel for this map, and nobody can tell it from a call of the parts."""
         return (
             is_plain(norm, BranchNorm)
             and self._begins_plainly()
             and self._ends_plainly()
-            and serves_residual_mlp(x, norm.weight, norm.bias, *self._weights())
+            and serves_residual_mlp(x, norm_of(norm), *self._weights())
         )
 
-    def residual(self, x: Tensor, branch: Tensor | None, norm: Any) -> Tensor:
+    def residual(
+        self, x: Tensor, branch: Tensor | None, norm: nn.Module, projection: Projection | None = None
+    ) -> Tensor:
         """A residual branch in one pass: ``total + self(norm(total))``, where the total is ``x + branch``.
 
         Args:
             x: (batch, height, width, dim).
             branch: Of the same shape; None for none.
             norm: The branch's :class:`BranchNorm`.
+            projection: What is still to be done with ``branch`` first.
         """
         maps = (x,) if branch is None else (x, branch)
 
-        def pass_of(x: Tensor, branch: Tensor | None = None) -> Tensor:
-            return residual_mlp(x, branch, norm.weight, norm.bias, norm.eps, *self._weights())
+        def in_one_pass(x: Tensor, branch: Tensor | None = None) -> Tensor:
+            return residual_mlp(x, branch, norm_of(norm), *self._weights(), projection=projection)
 
-        return by_position(pass_of, *maps)
+        return by_position(in_one_pass, *maps)
 
     def _weights(self) -> tuple[Any, ...]:
         return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
@@ -72,6 +75,4 @@ class Mlp(timm.layers.Mlp):
 
 
 def _is_linear(layer: Any) -> bool:
-    return (
-        is_plain(layer, nn.Linear) and type(layer.weight) is nn.Parameter and type(layer.bias) is nn.Parameter
-    )  # quantised weights, say, are of other classes
+    return is_plain_linear(layer) and type(layer.bias) is nn.Parameter

@@ -8,6 +8,12 @@ from torch import Tensor, nn
 
 from vmamba.ops import add_layer_norm, layer_norm
 from vmamba.ops.autocast import autocast_dtype
+from vmamba.ops.mlp import Norm
+
+
+def norm_of(layer: Any) -> Norm:
+    """The parameters of a LayerNorm, for operators that apply it on their way."""
+    return Norm(layer.weight, layer.bias, layer.eps)
 
 
 @register_notrace_module

@@ -28,6 +28,11 @@ def is_plain(module: Any, cls: type[nn.Module]) -> bool:
         return False
 
 
+def is_plain_linear(layer: Any) -> bool:
+    """Whether ``layer`` is a linear layer that is plain, and so is its weight: quantised ones are of other classes."""
+    return is_plain(layer, nn.Linear) and type(layer.weight) is nn.Parameter
+
+
 def names_calls(x: Any) -> bool:
     """Whether a graph is being made that says which module was called for what: by torch.fx, trace or export.
 

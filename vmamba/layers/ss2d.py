@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba.layers.conv import DepthwiseConv2d
-from vmamba.layers.norm import ScanNorm
+from vmamba.layers.norm import ScanNorm, norm_of
+from vmamba.layers.plain import is_plain, is_plain_linear
 from vmamba.layers.ssm import SelectiveSSM, dt_rank
 from vmamba.ops import get_route
+from vmamba.ops.mlp import Projection
 from vmamba.ops.positions import by_position
 
 
@@ -50,12 +52,26 @@ class SS2D(nn.Module):
     def scan(self, x: Tensor) -> Tensor:
         """Convolution, SiLU, scan and norm: (batch, height, width, inner) to the same shape."""
         u = self.conv(x)
+        return self.out_norm(self._sum(u), u.dtype)
+
+    def _sum(self, u: Tensor) -> Tensor:
         height, width = u.shape[1], u.shape[2]
         y = self.ssm(u.flatten(1, 2), get_route(self.route, height, width, u.device))
-        return self.out_norm(y.unflatten(1, (height, width)), u.dtype)
+        return y.unflatten(1, (height, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return by_position(self.out_proj, self.scan(by_position(self.in_proj, x)))
+
+    def without_end(self, x: Tensor) -> Tensor:
+        """What :meth:`forward` does but for the norm and the projection at its end, :meth:`end`."""
+        return self._sum(self.conv(by_position(self.in_proj, x)))
+
+    def end(self) -> Projection | None:
+        """The norm and the projection at the end; None where somebody could tell if they were not called."""
+        plain = is_plain(self, SS2D) and is_plain(self.out_norm, ScanNorm) and is_plain_linear(self.out_proj)
+        if not plain or self.out_proj.bias is not None:
+            return None
+        return Projection(norm_of(self.out_norm), self.out_proj.weight)
 
 
 class GatedSS2D(SS2D):

@@ -3,9 +3,12 @@
 A linear layer of few channels is bound by what it reads and writes. In 16 bits the kernel here reads the map and writes
 the result; for the backward pass it keeps the map alone and computes the hidden one again. Its results are a little
 closer to exact ones than those of three layers, which round twice on the way. In inference the same kernel makes a
-whole residual branch: it adds the branch before, normalises the sum, and adds its result to it. Where it does not
-serve, on a CPU, in float32, for wide blocks or few positions, PyTorch's operators do.
+whole residual branch: it ends the branch before by that one's last norm and projection, adds it, normalises the sum,
+and adds its result to it. Where it does not serve, on a CPU, in float32, for wide blocks or few positions, PyTorch's
+operators do.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,50 +55,75 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     return (torch.ops.vmamba.mlp if torch.compiler.is_compiling() else _eager_mlp)(*inputs)
 
 
+class Norm(NamedTuple):
+    """The parameters of a LayerNorm: weight and bias, (channels), and what is added to the variance."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+class Projection(NamedTuple):
+    """How a mixer ends: a LayerNorm and a linear layer without bias, its weight (channels, channels)."""
+
+    norm: Norm
+    weight: Tensor
+
+
 @register_notrace_function
 def residual_mlp(
-    x: Tensor,
-    branch: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
+    x: Tensor, branch: Tensor | None, norm: Norm, *weights: Tensor, projection: Projection | None = None
 ) -> Tensor:
-    """``total + mlp(layer_norm(total))``, where the total is ``x + branch``: a whole residual branch in one pass.
+    """``total + mlp(layer_norm(total), *weights)`` in one pass, where the total is ``x + branch``.
 
     Only where :func:`serves_residual_mlp`; without derivatives.
 
     Args:
         x: (..., channels), the residual stream.
-        branch: Of the shape of ``x``, the branch that ended before; None for none.
-        norm_weight: (channels).
-        norm_bias: (channels).
-        eps: Added to the variance.
-        weight1: (hidden, channels).
-        bias1: (hidden).
-        weight2: (channels, hidden).
-        bias2: (channels).
+        branch: Of the shape of ``x``, the branch that ends here; None for none.
+        norm: What is between the total and the MLP.
+        weights: Those of :func:`mlp`.
+        projection: What is still to be done with ``branch`` first.
 
     Returns:
         Of the shape and dtype of ``x``.
     """
     dtype = autocast_dtype(x) or x.dtype
-    branch = None if branch is None else branch.to(dtype)
-    norm = (norm_weight.float(), norm_bias.float(), eps)
-    weights = (weight1.to(dtype), bias1.float(), weight2.to(dtype), bias2.float())
-    return torch.ops.vmamba.mlp_residual(x, branch, *norm, *weights)
+    weight1, bias1, weight2, bias2 = weights
+    return torch.ops.vmamba.mlp_residual(
+        x,
+        None if branch is None else branch.to(dtype),
+        *((None, None, 0.0) if projection is None else _in_float32(projection.norm)),
+        None if projection is None else projection.weight.to(dtype),
+        *_in_float32(norm),
+        weight1.to(dtype),
+        bias1.float(),
+        weight2.to(dtype),
+        bias2.float(),
+    )
 
 
-def serves_residual_mlp(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, *weights: Tensor) -> bool:
+def _in_float32(norm: Norm) -> Norm:
+    return Norm(norm.weight.float(), norm.bias.float(), norm.eps)
+
+
+def serves_residual_mlp(x: Tensor, norm: Norm, *weights: Tensor) -> bool:
     """Whether :func:`residual_mlp` has a kernel for these tensors: where :func:`mlp` has one, but in inference."""
     return (
-        not asks_for_gradients(x, norm_weight, norm_bias, *weights)
+        not asks_for_gradients(x, norm.weight, norm.bias, *weights)
         and serves_mlp(x, *weights)
         and x.dtype in (torch.float32, autocast_dtype(x) or x.dtype)
-        and norm_weight.shape == norm_bias.shape == x.shape[-1:]
+        and norm.weight.shape == norm.bias.shape == x.shape[-1:]
+    )
+
+
+def serves_projection(x: Tensor, projection: Projection) -> bool:
+    """Whether :func:`residual_mlp`, where it serves, takes this projection too."""
+    return (
+        not asks_for_gradients(projection.weight, projection.norm.weight, projection.norm.bias)
+        and projection.weight.shape == (x.shape[-1], x.shape[-1])
+        and projection.norm.weight.shape == projection.norm.bias.shape == x.shape[-1:]
+        and (autocast_dtype(x) is not None or projection.weight.dtype == x.dtype)
     )
 
 
@@ -132,9 +160,7 @@ def _fake_backward(
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), activation, activation.clone(), torch.empty_like(bias1)
 
 
-def _fake_residual(
-    x: Tensor, branch: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float, *weights: Tensor
-) -> Tensor:
+def _fake_residual(x: Tensor, *args: Any) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -159,9 +185,11 @@ def _flops(x_shape, weight1_shape, *args, **kwargs) -> int:
     return 4 * x_shape.numel() * weight1_shape[0]
 
 
-def _residual_flops(x_shape, branch_shape, norm_weight_shape, norm_bias_shape, eps, weight1_shape, *args, **kwargs):
-    """Those of the MLP; a norm is not counted, here or elsewhere."""
-    return _flops(x_shape, weight1_shape)
+def _residual_flops(x_shape, branch_shape, *args, **kwargs) -> int:
+    """Those of the products; norms are not counted, here or elsewhere."""
+    projection_shape, weight1_shape = args[3], args[7]
+    projection = 0 if projection_shape is None else 2 * x_shape.numel() * projection_shape[0]
+    return projection + _flops(x_shape, weight1_shape)
 
 
 def _backward_flops(grad_shape, x_shape, weight1_shape, *args, **kwargs) -> int:

@@ -54,7 +54,8 @@ MLP_BACKWARD = (
 )
 """Gradient of x, what is hidden behind GELU, the gradient of what is hidden before it, and its sums over positions."""
 MLP_RESIDUAL = (
-    "(Tensor x, Tensor? branch, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1, Tensor bias1, "
+    "(Tensor x, Tensor? branch, Tensor? branch_norm_weight, Tensor? branch_norm_bias, float branch_eps, "
+    "Tensor? projection, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1, Tensor bias1, "
     "Tensor weight2, Tensor bias2) -> Tensor"
 )
 
