@@ -23,6 +23,7 @@
 #include "cuda/gelu.h"
 #include "cuda/layer_norm.h"
 #include "cuda/mlp.h"
+#include "cuda/norm_linear.h"
 #include "cuda/scan_cuda.h"
 #endif
 
@@ -57,11 +58,26 @@ bool same_sizes(const Tensor& x, const std::vector<int64_t>& sizes) {
     return std::equal(sizes.begin(), sizes.end(), x.sizes().begin(), x.sizes().end());
 }
 
+// As torch::stable::new_empty, which asks the dispatcher twice.
+Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+    std::vector<int64_t> strides(sizes.size());
+    int64_t stride = 1;
+    for (size_t dim = sizes.size(); dim-- > 0; stride *= std::max<int64_t>(sizes[dim], 1)) strides[dim] = stride;
+    int32_t device_type = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+    AtenTensorHandle tensor = nullptr;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                 torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+                                 like.get_device_index(), &tensor));
+    return Tensor(tensor);
+}
+
 // What fails here is an allocation, unless the device has failed before; its error arrives without its type and its
 // words, which programs look for.
 Tensor new_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
     try {
-        return torch::stable::new_empty(like, sizes, dtype);
+        return empty(like, sizes, dtype);
     } catch (const std::exception&) {
 #ifdef VMAMBA_WITH_CUDA
         if (like.is_cuda()) cuda::check_for_earlier_failure();
@@ -626,6 +642,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_backward(Tensor given_grad, Tenso
     return {dx, activation, dhidden, dbias1};
 }
 
+Tensor norm_linear(Tensor given, Tensor given_norm_weight, Tensor given_norm_bias, double eps, Tensor given_weight) {
+    const Tensor x = in_packs(given, 8), weight = in_packs(given_weight, 8);
+    STD_TORCH_CHECK(x.dim() > 0 && weight.dim() == 2 && weight.size(1) == x.size(x.dim() - 1),
+                    "x must be (..., channels) and weight (out_channels, channels)");
+    cuda::NormLinear layer;
+    STD_TORCH_CHECK(cuda::serves_norm_linear(weight.size(1), weight.size(0)), "norm_linear does not serve ",
+                    weight.size(1), " channels to ", weight.size(0));
+    check_device(weight, "weight", x, "x");
+    layer.channels = static_cast<int>(weight.size(1));
+    layer.out_channels = static_cast<int>(weight.size(0));
+    layer.rows = x.numel() / layer.channels;
+    layer.x_dtype = scalar_of(x.scalar_type());
+    layer.dtype = scalar_of(weight.scalar_type());
+    STD_TORCH_CHECK(layer.dtype != Scalar::f32 && (layer.x_dtype == Scalar::f32 || layer.x_dtype == layer.dtype),
+                    "weight must have 16 bits, and x be float32 or have the dtype of weight");
+    const Tensor norm_weight = dense(given_norm_weight), norm_bias = dense(given_norm_bias);
+    const auto numbers = [&](const Tensor& tensor, const char* name) {
+        check_device(tensor, name, x, "x");
+        STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && same_sizes(tensor, {layer.channels}), name,
+                        " must be float32, one per channel");
+        return static_cast<const float*>(tensor.const_data_ptr());
+    };
+    layer.norm_weight = numbers(norm_weight, "norm_weight");
+    layer.norm_bias = numbers(norm_bias, "norm_bias");
+    layer.eps = static_cast<float>(eps);
+    std::vector<int64_t> sizes = sizes_of(x);
+    sizes.back() = layer.out_channels;
+    Tensor y = new_tensor(x, sizes, weight.scalar_type());
+    layer.x = x.const_data_ptr();
+    layer.weight = weight.const_data_ptr();
+    layer.y = y.mutable_data_ptr();
+    cuda::norm_linear(layer, x.get_device_index());
+    return y;
+}
+
 // A window's numbers are reached by 32-bit distances.
 Tensor with_near_neighbours(const Tensor& image) {
     int64_t furthest = 0;
@@ -850,6 +901,7 @@ STABLE_TORCH_LIBRARY_IMPL(vmamba, CUDA, m) {
     m.impl("mlp_forward", TORCH_BOX(&vmamba::mlp));
     m.impl("mlp_backward", TORCH_BOX(&vmamba::mlp_backward));
     m.impl("mlp_residual", TORCH_BOX(&vmamba::mlp_residual));
+    m.impl("norm_linear", TORCH_BOX(&vmamba::norm_linear));
     m.impl("conv_norm_gelu", TORCH_BOX(&vmamba::conv_norm_gelu));
     m.impl("depthwise_conv", TORCH_BOX(&vmamba::depthwise_conv));
     m.impl("depthwise_conv_forward", TORCH_BOX(&vmamba::depthwise_conv));

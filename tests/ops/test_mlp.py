@@ -354,28 +354,30 @@ def test_a_block_calls_what_is_not_plain(change):
     [
         lambda mixer: mixer.out_norm.register_forward_hook(lambda *_: None),
         lambda mixer: mixer.out_proj.register_forward_pre_hook(lambda *_: None),
+        lambda mixer: mixer.in_proj.register_forward_hook(lambda *_: None),
         lambda mixer: mixer.register_forward_hook(lambda *_: None),
         lambda mixer: setattr(mixer, "out_proj", nn.Linear(CHANNELS, CHANNELS, bias=True).bfloat16()),
         lambda mixer: mixer.half(),
     ],
-    ids=["norm's hook", "projection's pre-hook", "hook", "bias", "float16"],
+    ids=["norm's hook", "projection's pre-hook", "first projection's hook", "hook", "bias", "float16"],
 )
 @torch.no_grad()
 def test_a_mixer_ends_itself_where_somebody_could_tell(change):
-    ours, x = block(SS2D).bfloat16(), leaves()[0].detach().bfloat16()
-    assert ours._without_end(x)[1] is not None
-    change(ours.mixer)
-    x = x.to(ours.mixer.in_proj.weight.dtype)
-    branch, projection = ours._without_end(x)
-    assert projection is None and torch.equal(branch, ours.mixer(x))
+    mixer, x = block(SS2D).bfloat16().mixer, leaves()[0].detach().bfloat16()
+    assert mixer.end(x) is not None
+    change(mixer)
+    assert mixer.end(x.to(mixer.in_proj.weight.dtype)) is None
 
 
 @pytest.mark.usefixtures("residual_kernels")
+@pytest.mark.parametrize("mixer", [partial(SS2D, ssm_ratio=2.0), GatedSS2D])
 @torch.no_grad()
-def test_a_wider_or_gated_mixer_ends_itself():
-    x = leaves()[0].detach().bfloat16()
-    for mixer in (partial(SS2D, ssm_ratio=2.0), GatedSS2D):
-        assert block(mixer).bfloat16()._without_end(x)[1] is None
+def test_a_wider_or_gated_mixer_ends_itself(mixer, monkeypatch):
+    ours, x, projections = block(mixer).bfloat16(), leaves()[0].detach().bfloat16(), []
+    residual = Mlp.residual
+    monkeypatch.setattr(Mlp, "residual", lambda *args: projections.append(args[4:]) or residual(*args))
+    torch.testing.assert_close(ours(x), ours.mix_channels(ours.mix_positions(x)), rtol=3e-2, atol=3e-2)
+    assert projections == [(), ()]
 
 
 @pytest.mark.usefixtures("residual_kernels")

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from vmamba.layers.conv import DepthwiseConv2d
 from vmamba.layers.mlp import Mlp
-from vmamba.layers.norm import BranchNorm
+from vmamba.layers.norm import BranchNorm, norm_of
 from vmamba.layers.plain import is_plain, names_calls
 from vmamba.layers.ss2d import SS2D
-from vmamba.ops.mlp import Projection, serves_projection
+from vmamba.ops.mlp import serves_projection
+from vmamba.ops.norm_linear import norm_linear, serves_norm_linear
 from vmamba.ops.positions import by_position
 
 
@@ -40,7 +41,7 @@ class PreNormBlock(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
         self.norm1 = BranchNorm(dim, **dd)
-        self.mixer = mixer
+        self.mixer: Any = mixer
         self.norm2: Any = nn.Identity() if mlp is None else BranchNorm(dim, **dd)
         self.mlp: Any = mlp
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
@@ -69,15 +70,17 @@ class PreNormBlock(nn.Module):
         Returns:
             Two maps, each of the shape of ``x``, whose sum is the block's output; or that output and None.
         """
-        x, normed = (x, self.norm1(x)) if branch is None else self.norm1(x, branch)
         if self._ends_in_one_pass(x):
-            branch, projection = self._without_end(normed)
-            return self.mlp.residual(x, branch, self.norm2, projection), None
+            return self._in_few_passes(x, branch), None
+        x, normed = self._norm1(x, branch)
         branch = self.drop_path(self.mixer(normed))
         if self.mlp is None:
             return x, branch
         x, normed = self.norm2(x, branch)
         return x, self.drop_path(self.mlp(normed))
+
+    def _norm1(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        return (x, self.norm1(x)) if branch is None else self.norm1(x, branch)
 
     def _ends_in_one_pass(self, x: Tensor) -> bool:
         """Whether nobody can tell if the parts of the second branch are called, or computed in one."""
@@ -89,14 +92,24 @@ class PreNormBlock(nn.Module):
             and self.mlp.serves_residual(x, self.norm2)
         )
 
-    def _without_end(self, normed: Tensor) -> tuple[Tensor, Projection | None]:
-        """The mixer's branch, and what of it is left to the pass that ends the block."""
-        mixer: Any = self.mixer
-        projection = mixer.end() if isinstance(mixer, SS2D) else None
-        in_float32 = normed.dtype != torch.bfloat16  # are the sums of a scan
-        if projection is None or in_float32 or not serves_projection(normed, projection):
-            return mixer(normed), None
-        return mixer.without_end(normed), projection
+    def _in_few_passes(self, x: Tensor, branch: Tensor | None) -> Tensor:
+        """The block where it ends in one pass: that also ends a mixer that can be ended, which may begin in one too."""
+        projection = self.mixer.end(x) if isinstance(self.mixer, SS2D) else None
+        if projection is None or not serves_projection(x, projection):
+            x, normed = self._norm1(x, branch)
+            return self.mlp.residual(x, self.mixer(normed), self.norm2)
+        x, inner = self._enter(x, branch)
+        return self.mlp.residual(x, self.mixer.between(inner), self.norm2, projection)
+
+    def _enter(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The block's input, and what the mixer's first projection makes of its norm."""
+        weight = self.mixer.in_proj.weight
+        if branch is None and is_plain(self.norm1, BranchNorm):
+            norm = norm_of(self.norm1)
+            if serves_norm_linear(x, norm, weight):
+                return x, by_position(lambda x: norm_linear(x, norm, weight), x)
+        x, normed = self._norm1(x, branch)
+        return x, by_position(self.mixer.in_proj, normed)
 
     def forward(self, x: Tensor) -> Tensor:
         return _total(*self.branches(x))

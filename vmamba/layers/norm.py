@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vmamba.ops import add_layer_norm, layer_norm
 from vmamba.ops.autocast import autocast_dtype
-from vmamba.ops.mlp import Norm
+from vmamba.ops.layer_norm import Norm
 
 
 def norm_of(layer: Any) -> Norm:

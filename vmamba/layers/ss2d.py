@@ -11,6 +11,7 @@ from vmamba.layers.norm import ScanNorm, norm_of
 from vmamba.layers.plain import is_plain, is_plain_linear
 from vmamba.layers.ssm import SelectiveSSM, dt_rank
 from vmamba.ops import get_route
+from vmamba.ops.autocast import autocast_dtype
 from vmamba.ops.mlp import Projection
 from vmamba.ops.positions import by_position
 
@@ -62,16 +63,26 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return by_position(self.out_proj, self.scan(by_position(self.in_proj, x)))
 
-    def without_end(self, x: Tensor) -> Tensor:
-        """What :meth:`forward` does but for the norm and the projection at its end, :meth:`end`."""
-        return self._sum(self.conv(by_position(self.in_proj, x)))
+    def between(self, x: Tensor) -> Tensor:
+        """What :meth:`forward` does between its first projection and the norm before the last one."""
+        return self._sum(self.conv(x))
 
-    def end(self) -> Projection | None:
-        """The norm and the projection at the end; None where somebody could tell if they were not called."""
-        plain = is_plain(self, SS2D) and is_plain(self.out_norm, ScanNorm) and is_plain_linear(self.out_proj)
-        if not plain or self.out_proj.bias is not None:
-            return None
-        return Projection(norm_of(self.out_norm), self.out_proj.weight)
+    def end(self, x: Tensor) -> Projection | None:
+        """The last norm and projection, for a pass that does more than those.
+
+        None where somebody could tell if the projections were not called, and where the sums of a scan may be too large
+        for the dtype of the projection.
+
+        Args:
+            x: What the mixer is to be called with, or is computed from.
+        """
+        plain = (
+            is_plain(self, SS2D)
+            and is_plain(self.out_norm, ScanNorm)
+            and all(is_plain_linear(layer) and layer.bias is None for layer in (self.in_proj, self.out_proj))
+            and (autocast_dtype(x) or x.dtype) == torch.bfloat16
+        )
+        return Projection(norm_of(self.out_norm), self.out_proj.weight) if plain else None
 
 
 class GatedSS2D(SS2D):

@@ -10,8 +10,9 @@ from timm.models import register_notrace_function
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmamba.ops import extension, schema
+from vmamba.ops import schema
 from vmamba.ops.autocast import autocast_dtype
+from vmamba.ops.autocast import has_16bit_kernel as _has_kernel
 from vmamba.ops.eager import asks_for_gradients
 from vmamba.ops.registration import LIBRARY, refuse_derivative
 
@@ -62,11 +63,6 @@ def serves_conv_norm_gelu(
         and image.shape[1] == 3
         and 0 < image.numel() // 3 <= _MOST_POSITIONS
     )
-
-
-def _has_kernel(image: Tensor) -> bool:
-    dtype = autocast_dtype(image) or image.dtype
-    return image.is_cuda and extension.has_kernel("cuda") and dtype in (torch.bfloat16, torch.float16)
 
 
 def _fake(

@@ -7,6 +7,8 @@ torch.compile, whose own kernel fuses more. For training it is not: its reductio
 several times as long.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_function
@@ -19,6 +21,28 @@ from vmamba.ops.positions import by_position
 from vmamba.ops.registration import LIBRARY, refuse_derivative
 
 _MOST_CHANNELS = 1536  # kMaxNormChannels in csrc/cuda/layer_norm.h
+
+
+class Norm(NamedTuple):
+    """The parameters of a LayerNorm, for operators that apply one on their way.
+
+    Attributes:
+        weight: (channels).
+        bias: (channels).
+        eps: Added to the variance.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def in_float32(self) -> "Norm":
+        """As kernels take it."""
+        return Norm(self.weight.float(), self.bias.float(), self.eps)
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether it is one of the last dimension of ``x``."""
+        return self.weight.shape == self.bias.shape == x.shape[-1:]
 
 
 def layer_norm(

@@ -16,9 +16,11 @@ from timm.models import register_notrace_function
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmamba.ops import extension, schema
+from vmamba.ops import schema
 from vmamba.ops.autocast import autocast_dtype
+from vmamba.ops.autocast import has_16bit_kernel as _has_kernel
 from vmamba.ops.eager import asks_for_gradients, differentiable
+from vmamba.ops.layer_norm import Norm
 from vmamba.ops.registration import LIBRARY, refuse_derivative
 
 # serves_mlp and serves_mlp_backward in csrc/cuda/mlp.h
@@ -55,14 +57,6 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     return (torch.ops.vmamba.mlp if torch.compiler.is_compiling() else _eager_mlp)(*inputs)
 
 
-class Norm(NamedTuple):
-    """The parameters of a LayerNorm: weight and bias, (channels), and what is added to the variance."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-
 class Projection(NamedTuple):
     """How a mixer ends: a LayerNorm and a linear layer without bias, its weight (channels, channels)."""
 
@@ -93,18 +87,14 @@ def residual_mlp(
     return torch.ops.vmamba.mlp_residual(
         x,
         None if branch is None else branch.to(dtype),
-        *((None, None, 0.0) if projection is None else _in_float32(projection.norm)),
+        *((None, None, 0.0) if projection is None else projection.norm.in_float32()),
         None if projection is None else projection.weight.to(dtype),
-        *_in_float32(norm),
+        *norm.in_float32(),
         weight1.to(dtype),
         bias1.float(),
         weight2.to(dtype),
         bias2.float(),
     )
-
-
-def _in_float32(norm: Norm) -> Norm:
-    return Norm(norm.weight.float(), norm.bias.float(), norm.eps)
 
 
 def serves_residual_mlp(x: Tensor, norm: Norm, *weights: Tensor) -> bool:
@@ -113,7 +103,7 @@ def serves_residual_mlp(x: Tensor, norm: Norm, *weights: Tensor) -> bool:
         not asks_for_gradients(x, norm.weight, norm.bias, *weights)
         and serves_mlp(x, *weights)
         and x.dtype in (torch.float32, autocast_dtype(x) or x.dtype)
-        and norm.weight.shape == norm.bias.shape == x.shape[-1:]
+        and norm.fits(x)
     )
 
 
@@ -122,7 +112,7 @@ def serves_projection(x: Tensor, projection: Projection) -> bool:
     return (
         not asks_for_gradients(projection.weight, projection.norm.weight, projection.norm.bias)
         and projection.weight.shape == (x.shape[-1], x.shape[-1])
-        and projection.norm.weight.shape == projection.norm.bias.shape == x.shape[-1:]
+        and projection.norm.fits(x)
         and (autocast_dtype(x) is not None or projection.weight.dtype == x.dtype)
     )
 
@@ -140,12 +130,6 @@ def serves_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2
         and hidden % _CHUNK == 0
         and hidden <= _MOST_HIDDEN
         and x.numel() >= _FEWEST_POSITIONS * width
-    )
-
-
-def _has_kernel(x: Tensor) -> bool:
-    return (
-        x.is_cuda and extension.has_kernel("cuda") and (autocast_dtype(x) or x.dtype) in (torch.bfloat16, torch.float16)
     )
 
 

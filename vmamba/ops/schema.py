@@ -59,6 +59,8 @@ MLP_RESIDUAL = (
     "Tensor weight2, Tensor bias2) -> Tensor"
 )
 
+NORM_LINEAR = "(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight) -> Tensor"
+
 CONV_NORM_GELU = (
     "(Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps, int stride, "
     "ScalarType out_dtype) -> Tensor"
