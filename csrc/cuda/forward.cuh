@@ -1,4 +1,5 @@
-// The forward scan for every case: one thread walks one channel of one slice over one chunk, a page at a time.
+// The forward scan for every case: one thread walks one channel of one slice over one chunk, a page at a time; or two
+// do, neighbours by half a warp, with half of the states each.
 //
 // A page's rows (low-rank steps, B, C) are staged in shared memory by the block; steps are expanded from their low-rank
 // factor on tensor cores; u is read along the route, coalesced over channels, eight steps ahead. Results are written in
@@ -41,16 +42,19 @@ __device__ __forceinline__ void store_states(float* to, const float (&h)[Group],
 }
 
 // Pass::summary: the chunk's end state from zero, and its decay. Pass::output: from the carried state to the results.
-template <typename T, int Group, typename Out, Pass pass, bool OfStates>
-__global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ ForwardArgs args) {
+template <typename T, int Group, typename Out, Pass pass, bool OfStates, int Lanes>
+__global__ void __launch_bounds__(kScanThreads) forward_kernel(const __grid_constant__ ForwardArgs args) {
+    constexpr int kWidth = 32 / Lanes, kStates = Group / Lanes;  // channels of a warp, states of a thread
     const Scan& s = args.scan;
     const Cut& cut = args.cut;
     const int slices = static_cast<int>(s.directions) * cut.groups;
     const Place place = place_of_block(cut.tiles, cut.chunks, slices);
-    const int direction = place.slice / cut.groups, first_state = place.slice % cut.groups * Group;
+    const int part = Lanes == 1 ? 0 : threadIdx.x % 32 / kWidth;
+    const int direction = place.slice / cut.groups, first_of_group = place.slice % cut.groups * Group;
+    const int first_state = first_of_group + part * kStates;
     const int first_channel = place.tile * cut.tile;
-    const int thread = threadIdx.x, warp_channel = thread / 32 * 32;
-    const int64_t channel = first_channel + thread;
+    const int warp_channel = threadIdx.x / 32 * kWidth, column = warp_channel + threadIdx.x % kWidth;
+    const int64_t channel = first_channel + column;
     const bool active = channel < s.channels;
     const int64_t safe_channel =
         active ? channel : s.channels - 1;  // read, but not written, by threads behind the last
@@ -69,11 +73,11 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
     constexpr int64_t kInterval = checkpoint_interval(Group);  // between checkpoints
     const Walk walk(s, place.image, direction);
     const Column<T> u_column(s.u, place.image, direction, safe_channel);
-    float A[Group], h[Group];
-    const int64_t states_here = min(static_cast<int64_t>(Group), s.states - first_state);
-    const int64_t carry_at = ((row * cut.chunks + place.chunk) * s.channels + channel) * Group;
+    float A[kStates], h[kStates];
+    const int64_t states_here = min(static_cast<int64_t>(kStates), s.states - first_state);
+    const int64_t carry_at = ((row * cut.chunks + place.chunk) * s.channels + channel) * Group + part * kStates;
 #pragma unroll
-    for (int n = 0; n < Group; ++n) {
+    for (int n = 0; n < kStates; ++n) {
         const bool there = active && n < states_here;
         A[n] = there ? s.A.data[direction * s.A.direction_stride + channel * s.states + first_state + n] : 0.f;
         h[n] = pass == Pass::output && args.carry && active ? args.carry[carry_at + n] : 0.f;
@@ -107,12 +111,12 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
         __syncthreads();
         stage_positions(page, walk, at, count);
         __syncthreads();
-        stage_rows<T, Group>(page, rank_stride(static_cast<int>(s.rank)), s, place.image, direction, first_state);
+        stage_rows<T, Group>(page, rank_stride(static_cast<int>(s.rank)), s, place.image, direction, first_of_group);
         T u[kAhead];
         read_ahead(u, page.at, u_column);
         __syncthreads();
-        expand_steps<T, 32>(delta, stride, page, weights, s, place.image, direction, first_channel, warp_channel,
-                            count);
+        expand_steps<T, kWidth>(delta, stride, page, weights, s, place.image, direction, first_channel, warp_channel,
+                                count);
         __syncwarp();
 
         // One span of eight steps; a whole one needs no look at the end of the chunk.
@@ -124,36 +128,47 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
                 if (active) store_states(kept, h, states_here);
                 kept += s.channels * s.states;
             }
+            float y[kAhead] = {};
 #pragma unroll
             for (int j = 0; j < kAhead; ++j) {
                 if (!kWhole && t + j >= count) break;
                 const float input = to_float(u[j]);
-                const float step = stepper.step(delta[(t + j) * stride + thread]);
+                const float step = stepper.step(delta[(t + j) * stride + column]);
                 const float gain = step * kLn2 * input;
                 const float drop = walk.reset ? page.drop[t + j] : 0.f;
-                float B[Group], C[Group];
-                load_floats(B, page.gains + (t + j) * 2 * Group);
-                if constexpr (pass == Pass::output) load_floats(C, page.gains + (t + j) * 2 * Group + Group);
-                float y = skip * input;
+                const float* gains = page.gains + (t + j) * 2 * Group + part * kStates;
+                float B[kStates], C[kStates];
+                load_floats(B, gains);
+                if constexpr (pass == Pass::output) load_floats(C, gains + Group);
+                y[j] = skip * input;
                 if constexpr (pass == Pass::summary) {
                     elapsed += step;
                     dropped += drop;
                 }
 #pragma unroll
-                for (int n = 0; n < Group; ++n) {
+                for (int n = 0; n < kStates; ++n) {
                     const float decay = exp2_fast(fmaf(step, A[n], drop));
                     h[n] = fmaf(decay, h[n], gain * B[n]);
-                    if constexpr (pass == Pass::output && !OfStates) y = fmaf(C[n], h[n], y);
+                    if constexpr (pass == Pass::output && !OfStates) y[j] = fmaf(C[n], h[n], y[j]);
                 }
-                if constexpr (pass == Pass::output) {
+                if constexpr (pass == Pass::output && OfStates) {
                     char* to = offset_by(out, j, out_stride);
-                    if constexpr (OfStates) {
 #pragma unroll
-                        for (int n = 0; n < Group; ++n)
-                            if (active && n < states_here) store_global(to + n * sizeof(Out), from_float<Out>(h[n]));
-                    } else {
-                        if (active) store_global(to, from_float<Out>(y));
+                    for (int n = 0; n < kStates; ++n)
+                        if (active && n < states_here) store_global(to + n * sizeof(Out), from_float<Out>(h[n]));
+                }
+            }
+            if constexpr (pass == Pass::output && !OfStates) {
+                // Of every so many steps as a channel has threads, each ends with the sum for one.
+#pragma unroll
+                for (int j = 0; j < kAhead; j += Lanes) {
+                    float total = y[j];
+                    if constexpr (Lanes == 2) {
+                        const float other = __shfl_xor_sync(kFullWarp, part ? y[j] : y[j + 1], kWidth);
+                        total = (part ? y[j + 1] : y[j]) + other;
                     }
+                    if (active && (kWhole || t + j + part < count))
+                        store_global(offset_by(out, j + part, out_stride), from_float<Out>(total));
                 }
             }
             out += static_cast<uint64_t>(kAhead) * out_stride;
@@ -166,25 +181,28 @@ __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Fo
     }
     if (pass == Pass::summary && active) {
 #pragma unroll
-        for (int n = 0; n < Group; ++n) {
+        for (int n = 0; n < kStates; ++n) {
             args.carry_out[carry_at + n] = h[n];
             args.decay[carry_at + n] = exp2_fast(fmaf(elapsed, A[n], dropped));
         }
     }
 }
 
-template <typename T, int Group, typename Out, Pass pass, bool OfStates = false>
+template <typename T, int Group, typename Out, Pass pass, bool OfStates = false, int Lanes = 1>
 void launch_forward_kernel(const ForwardArgs& args, cudaStream_t stream) {
     const Cut& cut = args.cut;
     const int64_t blocks = args.scan.batch * args.scan.directions * cut.groups * cut.tiles * cut.chunks;
     const int64_t bytes = ForwardShared(static_cast<int>(args.scan.rank), Group, cut.tile).bytes;
-    launch(forward_kernel<T, Group, Out, pass, OfStates>, blocks, cut.tile, bytes, stream, args);
+    launch(forward_kernel<T, Group, Out, pass, OfStates, Lanes>, blocks, cut.tile * Lanes, bytes, stream, args);
 }
 
 template <typename T, int Group, typename Out>
 void output_pass(const ForwardArgs& args, cudaStream_t stream) {
     if (args.scan.result == Result::states)
         return launch_forward_kernel<T, Group, Out, Pass::output, true>(args, stream);
+    if constexpr (Group > 1) {
+        if (args.cut.lanes == 2) return launch_forward_kernel<T, Group, Out, Pass::output, false, 2>(args, stream);
+    }
     launch_forward_kernel<T, Group, Out, Pass::output>(args, stream);
 }
 

@@ -29,6 +29,7 @@ struct Cut {
     int groups = 1;      // groups of states in a direction
     int tile = 32;       // channels in a block
     int tiles = 1;       // blocks over the channels
+    int lanes = 1;       // threads of a channel, in the forward; each has its share of a group's states
     int64_t chunks = 1;  // blocks over the steps
     int64_t chunk_steps = kPageSteps;
 };
@@ -61,6 +62,7 @@ inline Cut cut(const Scan& scan, int tile, int lanes_per_channel, const Fill& fi
     c.groups = static_cast<int>(ceil_div(std::max<int64_t>(scan.states, 1), c.group));
     c.tile = tile;
     c.tiles = static_cast<int>(ceil_div(scan.channels, c.tile));
+    c.lanes = lanes_per_channel;
     const int64_t pages = std::max<int64_t>(1, ceil_div(scan.steps, kPageSteps));
     const int64_t warps =
         std::max<int64_t>(1, scan.batch * scan.directions * c.groups * c.tiles * (c.tile * lanes_per_channel / 32));
@@ -70,8 +72,11 @@ inline Cut cut(const Scan& scan, int tile, int lanes_per_channel, const Fill& fi
     return c;
 }
 
-constexpr int forward_tile(int64_t channels, int rank, int group, int64_t limit) {
-    return fitting_tile(channels, 128, limit, [=](int tile) { return ForwardShared(rank, group, tile); });
+constexpr int kScanThreads = 128;  // of a block, at most
+
+constexpr int forward_tile(int64_t channels, int rank, int group, int64_t limit, int lanes = 1) {
+    return fitting_tile(channels, kScanThreads / lanes, limit,
+                        [=](int tile) { return ForwardShared(rank, group, tile); });
 }
 constexpr int backward_tile(int64_t channels, int rank, bool packed, int64_t limit) {
     return fitting_tile(channels, 192, limit, [=](int tile) { return BackwardShared(rank, tile, packed); });
@@ -98,13 +103,26 @@ inline int64_t wide_warps(int rank, int tile) {
     return std::min<int64_t>(blocks, 12 * 32 / tile) * tile / 32;
 }
 
+// Whether rows of many states are too few for one lane a channel, but enough for two: those walk all steps in one pass,
+// with half of the states each, where chunks would take a summary pass. On an H200 few steps are faster so, and many
+// only where the rows are nearly enough.
+inline bool takes_two_lanes(const Scan& scan, const Cut& chunked) {
+    const int64_t warps = scan.batch * scan.directions * chunked.groups * chunked.tiles * (chunked.tile / 32);
+    return scan.states > 1 && scan.result != Result::states && chunked.chunks > 1 &&
+           (warps >= 480 || (warps >= 112 && scan.steps <= 4 * kPageSteps));
+}
+
 // A summary pass costs about as much as the scan itself, except before the backward of many states: a fifth there.
 // limit: bytes of shared memory a block can have. wide_tile: channels of a block of many states, at most.
 inline Cut forward_cut(const Scan& scan, int64_t limit) {
-    const int tile =
-        forward_tile(std::max<int64_t>(scan.channels, 1), static_cast<int>(scan.rank), group_of(scan), limit);
+    const auto tile_of = [&](int lanes) {
+        return forward_tile(std::max<int64_t>(scan.channels, 1), static_cast<int>(scan.rank), group_of(scan), limit,
+                            lanes);
+    };
+    const int tile = tile_of(1);
     const Fill fill{132 * 20 / 3, scan.states == 1 ? 132 * 20 : 132 * wide_warps(static_cast<int>(scan.rank), tile)};
-    return cut(scan, tile, 1, fill);
+    const Cut chunked = cut(scan, tile, 1, fill);
+    return takes_two_lanes(scan, chunked) ? cut(scan, tile_of(2), 2, {0, 1}) : chunked;
 }
 // Whether the one-state backward keeps its pages in 16 bits: BackwardPage (backward_page.cuh) for each dtype.
 inline bool packed(const Scan& scan) { return scan.dtype == Scalar::bf16; }

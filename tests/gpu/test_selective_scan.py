@@ -221,6 +221,18 @@ def test_few_rows_many_steps_run_in_chunks(dtype, states, result):
     check(inputs, dtype, route=get_route("cross", 40, 33, "cuda"), reset=reset, result=result)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("states", [2, 9, 16, 20])
+@pytest.mark.parametrize("result", ["merged", "steps"])
+def test_two_threads_share_the_states_of_a_channel(dtype, states, result):
+    for rank, channels, steps in ((6, 96, 203), (0, 101, 130)):  # 120 warps of rows and more, in several pages
+        inputs = make_inputs(10, steps, channels, states, 4, rank=rank, packed=True, dtype=dtype)
+        inputs["dt_bias"] = inputs["dt_bias"] - 2.0
+        reset = torch.rand(4, steps, device="cuda") < 0.01
+        check(inputs, dtype, route=get_route("cross", 1, steps, "cuda"), reset=reset, result=result)
+        check(inputs, dtype, route=get_route("cross", 1, steps, "cuda"), result=result)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("out_dtype", ["same", "float32"])
 def test_output_dtypes(dtype, out_dtype):
