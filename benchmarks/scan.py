@@ -92,10 +92,8 @@ class Core:
     def forward(self):
         """As a model calls it: in training, projection and scan as one where that is served."""
         parameters = (self.A, self.D, self.dt_weight, self.dt_bias, self.route)
-        if self.out_dtype is torch.float32 and serves_projected_scan(
-            self.x, self.projection, self.dt_weight, self.route, "merged"
-        ):
-            return projected_scan(self.x, self.projection, *parameters, "merged")
+        if serves_projected_scan(self.x, self.projection, self.dt_weight, self.route, "merged"):
+            return projected_scan(self.x, self.projection, *parameters, "merged", self.out_dtype)
         dt, B, C = self.parameters()
         return selective_scan(
             self.x, dt, self.A, B, C, self.D,
@@ -231,10 +229,15 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="sizes of images instead of the stages")
     parser.add_argument("--only", help="cases whose name contains this")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--out-dtype", default="float32", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument(
+        "--out-dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="default: what the models ask for, bfloat16 for bfloat16, else float32",
+    )
     parser.add_argument("--profile", action="store_true", help="print the time of each kernel too")
     parser.add_argument("--csv", type=Path, help="where to write; default: results/scan_<gpu>_<date>.csv")
     args = parser.parse_args()
+    args.out_dtype = args.out_dtype or ("bfloat16" if args.dtype == "bfloat16" else "float32")
     torch.backends.cuda.matmul.allow_tf32 = True
     gpu, today = torch.cuda.get_device_name(), datetime.date.today().isoformat()
     title = f"{gpu}, torch {torch.__version__}, {args.dtype} in, {args.out_dtype} out, TF32 on, CUDA graphs, {today}"

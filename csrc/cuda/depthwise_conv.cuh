@@ -110,10 +110,6 @@ __device__ __forceinline__ T* map_at(const ConvMap& map, int64_t image, int dire
     return static_cast<T*>(map.data) + image * map.image_stride + direction * map.direction_stride + channel;
 }
 
-// From the weights of one tap to those of the next, in shared memory: so that staging them, which writes all taps of a
-// channel in a row, finds different banks.
-constexpr int weight_pitch(int block_channels) { return block_channels + 4; }
-
 // A product of 32 bits: one instruction, where one of 64 bits takes several.
 __device__ __forceinline__ const char* column_at(const char* row, uint32_t column_bytes, int column) {
     return row + static_cast<int64_t>(column) * static_cast<int32_t>(column_bytes);
@@ -128,7 +124,7 @@ __device__ __forceinline__ T* column_at(T* row, const ConvMap& map, int column) 
 // What a thread works on. Of the grid: tile, direction and chunk; of the block: lane and group.
 template <int V>
 struct ConvPlace {
-    int direction, channel, first_channel, block_channels;
+    int direction, channel, block_channels;
     int64_t tile;
 
     __device__ ConvPlace(const ConvLayout& layout, int directions) {
@@ -136,8 +132,7 @@ struct ConvPlace {
         direction = block % directions;
         tile = block / directions;
         block_channels = layout.lanes * V;
-        first_channel = chunk * block_channels;
-        channel = first_channel + threadIdx.x * V;
+        channel = chunk * block_channels + threadIdx.x * V;
     }
 };
 
@@ -153,20 +148,22 @@ struct ConvStrip {
     }
 };
 
-// Writes one direction's (taps, pitch).
+// Writes one direction's (taps, block channels). Groups share the taps, lanes the channels, which takes no divisions.
 template <int V>
 __device__ __forceinline__ void stage_weights(const Filter& filter, int direction, const ConvPlace<V>& place,
                                               float* shared) {
-    const int taps = filter.taps(), pitch = weight_pitch(place.block_channels);
-    for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < taps * place.block_channels;
-         i += blockDim.x * blockDim.y) {
-        const int lane = i / taps, tap = i - lane * taps, channel = place.first_channel + lane;
+    const int taps = filter.taps();
+    for (int tap = threadIdx.y; tap < taps; tap += blockDim.y) {
         const int source = filter.mirrored[direction] ? taps - 1 - tap : tap;
-        float weight = 0.0f;
-        if (channel < filter.channels)
-            weight =
-                load_as(filter.weight, (int64_t(direction) * filter.channels + channel) * taps + source, filter.dtype);
-        shared[tap * pitch + lane] = tap == filter.centre ? weight + 1.0f : weight;
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+            const int channel = place.channel + v;
+            float weight = 0.0f;
+            if (channel < filter.channels)
+                weight = load_as(filter.weight, (int64_t(direction) * filter.channels + channel) * taps + source,
+                                 filter.dtype);
+            shared[tap * place.block_channels + threadIdx.x * V + v] = tap == filter.centre ? weight + 1.0f : weight;
+        }
     }
 }
 
@@ -537,7 +534,7 @@ __global__ void __launch_bounds__(ConvLayout::kThreads, Size::kBlocks)
     extern __shared__ float shared[];  // (directions summed over, taps, pitch)
     const ConvPlace<V> place(layout, task.sums ? 1 : task.filter.directions);
     const int first = task.sums ? 0 : place.direction, count = task.sums ? task.filter.directions : 1;
-    const int pitch = weight_pitch(place.block_channels), weights = task.filter.taps() * pitch;
+    const int pitch = place.block_channels, weights = task.filter.taps() * pitch;
     for (int k = 0; k < count; ++k) stage_weights(task.filter, first + k, place, shared + k * weights);
     __syncthreads();
 
@@ -568,7 +565,7 @@ __device__ __forceinline__ void write_dz(const ConvBackward& task, const ConvLay
     float sums[N][V];
     clear(sums);
     Size::convolve(sums, map_at<const T>(task.x, strip.image, 0, place.channel), task.x, task.filter, place.direction,
-                   strip.row, strip.column, weights + threadIdx.x * V, weight_pitch(place.block_channels));
+                   strip.row, strip.column, weights + threadIdx.x * V, place.block_channels);
     add_bias(sums, task.filter, place.direction, place.channel);
     const T* grads = map_at<const T>(task.dy, strip.image, place.direction, place.channel);
     Pack<T, V> packs[N];
@@ -614,7 +611,7 @@ __global__ void __launch_bounds__(ConvLayout::kThreads, Size::kBackwardBlocks)
                          place.direction, strip.row, strip.column);
         }
     }
-    float* parts = shared + taps * weight_pitch(place.block_channels);
+    float* parts = shared + taps * place.block_channels;
     gradient.write(task.filter, parts + threadIdx.x * V, place.block_channels);
     __syncthreads();
     const int size = (taps + 1) * place.block_channels;
@@ -631,7 +628,7 @@ __global__ void __launch_bounds__(ConvLayout::kThreads, Size::kBlocks)
     constexpr int N = Size::kGathered;
     extern __shared__ float shared[];  // (directions, taps, pitch)
     const ConvPlace<V> place(layout, 1);
-    const int pitch = weight_pitch(place.block_channels), weights = task.filter.taps() * pitch;
+    const int pitch = place.block_channels, weights = task.filter.taps() * pitch;
     for (int k = 0; k < task.filter.directions; ++k) stage_weights(task.filter, k, place, shared + k * weights);
     __syncthreads();
     const int64_t index = place.tile * layout.groups + threadIdx.y;
@@ -685,7 +682,7 @@ void conv_forward(const ConvForward& task, bool packed, cudaStream_t stream) {
         const ConvLayout layout(task.target, task.batch, task.filter.channels, V, Size::kColumns);
         const int results = task.sums ? 1 : task.filter.directions, summed = task.sums ? task.filter.directions : 1;
         launch_conv(conv_forward_kernel<T, V, Size>, layout.tiles * results * layout.chunks,
-                    int64_t(summed) * task.filter.taps() * weight_pitch(layout.lanes * V), task, layout, stream);
+                    int64_t(summed) * task.filter.taps() * layout.lanes * V, task, layout, stream);
     });
 }
 
@@ -698,8 +695,7 @@ void conv_backward(const ConvBackward& task, bool packed, cudaStream_t stream) {
         const int taps = task.filter.taps(), channels = layout.lanes * V;
         const int parts = Size::parts(task.filter, layout.groups);
         launch_conv(conv_backward_kernel<T, V, Size>, task.blocks * task.filter.directions * layout.chunks,
-                    int64_t(taps) * weight_pitch(channels) + int64_t(parts) * (taps + 1) * channels, task, layout,
-                    stream);
+                    int64_t(taps) * channels + int64_t(parts) * (taps + 1) * channels, task, layout, stream);
     });
 }
 
@@ -710,8 +706,7 @@ void conv_gather(const ConvGather& task, bool packed, cudaStream_t stream) {
         constexpr int V = decltype(pack)::value;
         const ConvLayout layout(task.dx, task.batch, task.filter.channels, V, Size::kGathered);
         launch_conv(conv_gather_kernel<T, V, Size>, layout.tiles * layout.chunks,
-                    int64_t(task.filter.directions) * task.filter.taps() * weight_pitch(layout.lanes * V), task, layout,
-                    stream);
+                    int64_t(task.filter.directions) * task.filter.taps() * layout.lanes * V, task, layout, stream);
     };
     with_size(task.filter, packed, [&](auto pack, auto size) {
         using Size = decltype(size);
