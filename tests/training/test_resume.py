@@ -1,5 +1,6 @@
 """A resumed run is the run that was not interrupted."""
 
+import contextlib
 import csv
 import os
 import re
@@ -11,7 +12,8 @@ import torch
 import yaml
 
 from tests.running import QUICK, make_folder, one_line, start, train, vmamba
-from vmamba.training import checkpoint
+from vmamba.training import checkpoint, engine
+from vmamba.training.trainer import Trainer
 
 # Everything random at once: augmentation, also of copies, mixing, stochastic depth. And all that looks at the average.
 RANDOM = (
@@ -224,3 +226,35 @@ def test_interrupted_run_says_how_to_go_on(data, tmp_path):
     assert f"vmamba train --resume {tmp_path / 'run'}" in out
     assert err.strip().splitlines()[-1] == "vmamba: interrupted"
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("owner", "function", "calls", "epochs"),
+    [
+        (engine, "_update", 4, 1),  # the first of three of the second epoch
+        (engine, "accuracy", 7, 1),  # the third of four batches that its validations have
+        (Trainer, "_save", 2, 2),
+        (Trainer, "_save", 3, 3),  # nothing is left to do
+    ],
+    ids=["update", "validation", "save", "end"],
+)
+def test_an_interrupt_that_gets_lost_ends_the_run_all_the_same(
+    data, tmp_path, monkeypatch, owner, function, calls, epochs
+):
+    """As where it arrives in a destructor, out of which no exception comes."""
+    called, real = [], getattr(owner, function)
+
+    def interrupted(*arguments, **options):
+        called.append(function)
+        if len(called) == calls:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, function, interrupted)
+    result = train(data, tmp_path, "run", "--ema-decay", 0.0, epochs=3)
+    assert result.status == 130, result.err
+    assert len(called) == calls
+    assert len(curve(tmp_path / "run")) == epochs
+    assert f"vmamba train --resume {tmp_path / 'run'}" in result.out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vmamba.cli.option_types import positive_integer
 from vmamba.errors import UserError
 from vmamba.training.config import DIGITS, TrainConfig, bundled, default_recipe, flag, load, parse
+from vmamba.training.interrupts import heeding_interrupts
 
 if TYPE_CHECKING:
     from vmamba.training.distributed import Process
@@ -48,6 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         _add_field(groups[name], field)
 
 
+@heeding_interrupts()
 def run(args: Namespace) -> None:
     """Train, and say what there is now."""
     overrides = {

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from vmamba.errors import UserError
 from vmamba.training.data import TrainLoader, readable
 from vmamba.training.distributed import Process
+from vmamba.training.interrupts import raise_lost_interrupt
 from vmamba.training.seeding import Stream, isolated, seed_cpu, seed_everything
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -127,6 +128,7 @@ def train_epoch(learner: Learner, loader: TrainLoader, epoch: int, process: Proc
             _update(learner)
             bar.update()
             bar.set_postfix(loss=f"{watch.last:.4f}", lr=f"{learner.lr:.1e}", refresh=False)
+            raise_lost_interrupt()
     watch.check()
     seconds = time.perf_counter() - start
     sums = process.sum(torch.tensor([watch.total, watch.count], dtype=torch.float64, device=process.device))
@@ -152,6 +154,7 @@ def evaluate(
         # timm gives percent of the batch; only whole numbers add up exactly in any order and number of processes.
         correct1, correct5 = ((share * len(targets) / 100).round() for share in accuracy(logits, targets, topk=(1, 5)))
         sums += torch.stack([loss * len(targets), correct1, correct5, torch.full_like(loss, len(targets))]).double()
+        raise_lost_interrupt()
     loss_sum, right1, right5, count = process.sum(sums).tolist()
     if count == 0:
         raise UserError("the validation split is empty")

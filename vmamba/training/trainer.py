@@ -23,6 +23,7 @@ from vmamba.training.config import TrainConfig, dump, to_dict, with_absolute_pat
 from vmamba.training.curves import CURVES_NAME, draw_curves
 from vmamba.training.distributed import Process
 from vmamba.training.engine import AMP_DTYPES, Learner, Mesa, evaluate, train_epoch
+from vmamba.training.interrupts import heeding_interrupts
 from vmamba.training.model_factory import ModelRequest, create, create_from, preprocessing
 from vmamba.training.records import EpochRecord, Records
 from vmamba.training.sampling import BatchPlan
@@ -135,8 +136,9 @@ class Trainer:
             records = Records(folder, self.first_epoch, self.config.tensorboard)
             replace_text(folder / CONFIG_NAME, dump(self.config))
         try:
-            for epoch in range(self.first_epoch, last_epoch + 1):
-                self._run_and_save(epoch, folder, records)
+            with heeding_interrupts():
+                for epoch in range(self.first_epoch, last_epoch + 1):
+                    self._run_and_save(epoch, folder, records)
         except KeyboardInterrupt:
             self._close(records, folder)
             raise
