@@ -7,8 +7,9 @@ import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from vmamba.layers.plain import is_plain
+from vmamba.layers.plain import is_plain_linear
 from vmamba.ops import selective_scan
+from vmamba.ops.alignment import aligned_linear
 from vmamba.ops.projected_scan import projected_scan, serves_projected_scan
 from vmamba.ops.selective_scan import Result
 
@@ -73,9 +74,17 @@ class SelectiveSSM(nn.Module):
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Low-rank step sizes (batch, L, K, R), B and C (batch, L, K, N) of ``u`` (batch, L, D)."""
-        params = self.x_proj(u).unflatten(-1, (self.directions, self.rank + 2 * self.d_state))
+        params = aligned_linear(u, self.x_proj.weight) if self._projects_plainly() else self.x_proj(u)
+        params = params.unflatten(-1, (self.directions, self.rank + 2 * self.d_state))
         dt, B, C = params.split([self.rank, self.d_state, self.d_state], dim=-1)
         return dt, B, C
+
+    def _projects_plainly(self) -> bool:
+        """Whether nobody can tell if ``x_proj`` is called, or its weight multiplied with.
+
+        While torch.fx traces a caller of :meth:`project`, weights are of another class, and it is called.
+        """
+        return is_plain_linear(self.x_proj) and self.x_proj.bias is None
 
     def forward(self, u: Tensor, route: Tensor, result: Result = "merged") -> Tensor:
         """Scans ``u`` (batch, L, D) along ``route`` (K, T).
@@ -85,10 +94,11 @@ class SelectiveSSM(nn.Module):
             :func:`vmamba.ops.selective_scan`: in bfloat16 if ``u`` is, else in float32, since it could exceed float16.
         """
         A = -torch.exp(self.A_log.float())
-        weight = self.x_proj.weight
         out_dtype = torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
-        if is_plain(self.x_proj, nn.Linear) and serves_projected_scan(u, weight, self.dt_weight, route, result):
-            return projected_scan(u, weight, A, self.D, self.dt_weight, self.dt_bias, route, result, out_dtype)
+        if self._projects_plainly():
+            weight = self.x_proj.weight
+            if serves_projected_scan(u, weight, self.dt_weight, route, result):
+                return projected_scan(u, weight, A, self.D, self.dt_weight, self.dt_bias, route, result, out_dtype)
         dt, B, C = self.project(u)
         return selective_scan(
             u,

@@ -27,6 +27,7 @@ from vmamba.models._builder import build_model, imagenet_cfg, published_cfgs, pu
 from vmamba.models._checkpoint import StateDict, rename, unwrap
 from vmamba.models._plain import PlainBackbone, fit_pos_embed, resize_pos_embed, square_map
 from vmamba.ops import depthwise_conv, get_route
+from vmamba.ops.alignment import align_rows
 
 __all__ = ["Vim"]  # timm adds the entry points
 
@@ -175,13 +176,10 @@ class DirectionalSSM(SelectiveSSM):
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Low-rank step sizes (batch, L, K, R), B and C (batch, L, K, N) of ``u`` (batch, K, L, D)."""
-        weight = self.x_proj.weight.unflatten(0, (self.directions, -1))
-        # A GPU's products are fastest with rows of a multiple of eight 16-bit numbers.
-        padding = -weight.shape[1] % 8 if u.is_cuda else 0
-        if padding:
-            weight = F.pad(weight, (0, 0, 0, padding))
+        weight = align_rows(self.x_proj.weight.unflatten(0, (self.directions, -1)), u)
         params = torch.einsum("bkld,kpd->blkp", u, weight)
-        dt, B, C, _ = params.split([self.rank, self.d_state, self.d_state, padding], dim=-1)
+        sizes = [self.rank, self.d_state, self.d_state]
+        dt, B, C, _ = params.split([*sizes, weight.shape[1] - sum(sizes)], dim=-1)
         return dt, B, C
 
 

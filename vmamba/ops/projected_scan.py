@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vmamba.ops import extension, recording, schema
+from vmamba.ops.alignment import align_rows, aligned_linear
 from vmamba.ops.autocast import autocast_dtype
 from vmamba.ops.eager import differentiable
 from vmamba.ops.registration import LIBRARY, ONCE, checkpoint_steps, refuse_derivative, scan_flops
@@ -83,7 +84,7 @@ def _forward(
     out_dtype: torch.dtype,
     every: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    params = F.linear(u, weight).unflatten(-1, (dt_weight.shape[0], -1))
+    params = aligned_linear(u, weight).unflatten(-1, (dt_weight.shape[0], -1))
     dt, B, C = _parts(params, A)
     out, checkpoints = torch.ops.vmamba.selective_scan_forward(
         u, dt, A, B, C, D, dt_weight, dt_bias, route, None, None, True, result, out_dtype, every
@@ -121,19 +122,14 @@ def _backward_of_both(
     grad: Tensor, checkpoints: Tensor, u: Tensor, params: Tensor, weight: Tensor, *rest: Tensor
 ) -> tuple[Tensor, ...]:
     du, dparams, *others = torch.ops.vmamba.selective_scan_rows_backward(grad, checkpoints, u, params, *rest)
-    rows = dparams.view(-1, weight.shape[0])
-    dweight = rows.t() @ u.reshape(-1, weight.shape[1])
-    du.view(-1, weight.shape[1]).addmm_(rows, weight)
-    return du, dweight, *others
-
-
-def _fake(u, weight, A, D, dt_weight, dt_bias, route, result, out_dtype, every):
-    params = u.new_empty((*u.shape[:2], dt_weight.shape[0], weight.shape[0] // dt_weight.shape[0]))
-    dt, B, C = _parts(params, A)
-    out, checkpoints = torch.ops.vmamba.selective_scan_forward(
-        u, dt, A, B, C, D, dt_weight, dt_bias, route, None, None, True, result, out_dtype, every
-    )
-    return out, checkpoints, params
+    width, channels = weight.shape
+    weight = align_rows(weight, u)
+    rows = dparams.view(-1, width)
+    if weight.shape[0] > width:
+        rows = F.pad(rows, (0, weight.shape[0] - width))
+    dweight = rows.t() @ u.reshape(-1, channels)
+    du.view(-1, channels).addmm_(rows, weight)
+    return du, dweight[:width], *others
 
 
 def _fake_rows_backward(grad, checkpoints, u, params, *rest):
@@ -169,7 +165,7 @@ def _backward_flops(grad_shape, checkpoints_shape, u_shape, params_shape, weight
 
 
 for _name, _schema, _kernel, _shapes in (
-    ("projected_scan", schema.PROJECTED_SCAN, _forward, _fake),
+    ("projected_scan", schema.PROJECTED_SCAN, _forward, _forward),
     ("projected_scan_backward", schema.PROJECTED_SCAN_BACKWARD, _backward_of_both, _fake_backward),
     ("selective_scan_rows_backward", schema.ROWS_BACKWARD, _rows_backward, _fake_rows_backward),
 ):
