@@ -83,9 +83,13 @@ class PreNormBlock(nn.Module):
         return (x, self.norm1(x)) if branch is None else self.norm1(x, branch)
 
     def _ends_in_one_pass(self, x: Tensor) -> bool:
-        """Whether nobody can tell if the parts of the second branch are called, or computed in one."""
+        """Whether nobody can tell if the parts of the second branch are called, or computed in one.
+
+        That has no derivative, and what comes in may need one on account of any parameter before it.
+        """
         return (
             self.mlp is not None
+            and not torch.is_grad_enabled()
             and not names_calls(x)
             and is_plain(self.mlp, Mlp)
             and (is_plain(self.drop_path, nn.Identity) or _drops_nothing(self.drop_path))
