@@ -9,7 +9,14 @@ from vmamba.ops import get_route
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-KINDS = [(4, 1, 96, "merged"), (4, 1, 384, "merged"), (4, 16, 64, "merged"), (2, 3, 40, "steps"), (1, 20, 33, "merged")]
+KINDS = [
+    (4, 1, 96, "merged"),
+    (4, 1, 384, "merged"),
+    (4, 16, 64, "merged"),
+    (2, 3, 40, "steps"),
+    (1, 20, 33, "merged"),
+    (1, 2, 64, "steps"),  # ten features, which in 16 bits are aligned
+]
 kinds = pytest.mark.parametrize(("directions", "states", "dim", "result"), KINDS)
 
 
