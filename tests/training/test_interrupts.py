@@ -9,6 +9,14 @@ import pytest
 from vmamba.training.interrupts import heeding_interrupts, raise_lost_interrupt
 
 
+@pytest.fixture(autouse=True)
+def pythons_handler():
+    """Python's own, which is not there in a process that was started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt():
     signal.raise_signal(signal.SIGINT)
 

@@ -252,6 +252,7 @@ def test_an_interrupt_that_gets_lost_ends_the_run_all_the_same(
         return real(*arguments, **options)
 
     monkeypatch.setattr(owner, function, interrupted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # not there in a process started in the background
     result = train(data, tmp_path, "run", "--ema-decay", 0.0, epochs=3)
     assert result.status == 130, result.err
     assert len(called) == calls
