@@ -71,11 +71,6 @@ __device__ __forceinline__ uint4 weights_of(const ConvNormGelu& stem, int channe
     return {pack<T>(taps[0], taps[1]), pack<T>(taps[2], taps[3]), pack<T>(taps[4], taps[5]), pack<T>(taps[6], taps[7])};
 }
 
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(kFullWarp, x, 1);
-    return x + __shfl_xor_sync(kFullWarp, x, 2);
-}
-
 // Numbers of a row's neighbouring channels 2j and 2j + 1 of lane q's share, for tile j.
 __device__ __forceinline__ int share(int j, int q, int tiles) { return q * tiles + j; }
 

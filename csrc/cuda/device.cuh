@@ -246,6 +246,12 @@ __device__ __forceinline__ void mma_16bit(float (&acc)[4], const uint32_t (&a)[4
     }
 }
 
+// The sum over the four lanes that share a row of a product.
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(kFullWarp, x, 1);
+    return x + __shfl_xor_sync(kFullWarp, x, 2);
+}
+
 // The transpose of an 8x8 matrix of 16-bit numbers, of which lane g * 4 + q holds row g, columns 2q and 2q + 1.
 __device__ __forceinline__ uint32_t transpose(uint32_t x) {
     uint32_t y;

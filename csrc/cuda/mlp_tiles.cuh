@@ -269,11 +269,6 @@ __device__ __forceinline__ void write_tiles(void* to, const Tiles (&from)[Blocks
     }
 }
 
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(kFullWarp, x, 1);
-    return x + __shfl_xor_sync(kFullWarp, x, 2);
-}
-
 // LayerNorm of 16 rows, as an operand.
 template <typename T, int Blocks>
 __device__ __forceinline__ void norm_rows(Left (&to)[Blocks], const Tiles (&rows)[Blocks], const float4* weight,
