@@ -642,6 +642,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_backward(Tensor given_grad, Tenso
     return {dx, activation, dhidden, dbias1};
 }
 
+const float* channel_numbers(const Tensor& tensor, const char* name, const Tensor& x, int64_t channels) {
+    check_device(tensor, name, x, "x");
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && same_sizes(tensor, {channels}), name,
+                    " must be float32, one per channel");
+    return static_cast<const float*>(tensor.const_data_ptr());
+}
+
 Tensor norm_linear(Tensor given, Tensor given_norm_weight, Tensor given_norm_bias, double eps, Tensor given_weight) {
     const Tensor x = in_packs(given, 8), weight = in_packs(given_weight, 8);
     STD_TORCH_CHECK(x.dim() > 0 && weight.dim() == 2 && weight.size(1) == x.size(x.dim() - 1),
@@ -659,10 +666,7 @@ Tensor norm_linear(Tensor given, Tensor given_norm_weight, Tensor given_norm_bia
                     "weight must have 16 bits, and x be float32 or have the dtype of weight");
     const Tensor norm_weight = dense(given_norm_weight), norm_bias = dense(given_norm_bias);
     const auto numbers = [&](const Tensor& tensor, const char* name) {
-        check_device(tensor, name, x, "x");
-        STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && same_sizes(tensor, {layer.channels}), name,
-                        " must be float32, one per channel");
-        return static_cast<const float*>(tensor.const_data_ptr());
+        return channel_numbers(tensor, name, x, layer.channels);
     };
     layer.norm_weight = numbers(norm_weight, "norm_weight");
     layer.norm_bias = numbers(norm_bias, "norm_bias");
@@ -700,10 +704,7 @@ Tensor conv_norm_gelu(Tensor given, Tensor weight, Tensor given_bias, Tensor giv
         "weight must be (channels, 3, 3, 3), in float32");
     STD_TORCH_CHECK(stride > 0 && stride < (int64_t{1} << 31), "stride must be positive, got ", stride);
     const auto numbers = [&](const Tensor& tensor, const char* name) {
-        check_device(tensor, name, x, "x");
-        STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && same_sizes(tensor, {stem.channels}), name,
-                        " must be float32, one per channel");
-        return static_cast<const float*>(tensor.const_data_ptr());
+        return channel_numbers(tensor, name, x, stem.channels);
     };
     const Tensor bias = in_packs(given_bias), norm_weight = in_packs(given_norm_weight),
                  norm_bias = in_packs(given_norm_bias);
