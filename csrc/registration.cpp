@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cpu/scan_cpu.h"
+#include "operators.h"
 #include "scan.h"
 #ifdef VMAMBA_WITH_CUDA
 #include "cuda/conv_norm_gelu.h"
@@ -28,7 +29,6 @@
 #endif
 
 namespace vmamba {
-namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -307,6 +307,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
 }
 
 #ifdef VMAMBA_WITH_CUDA
+std::tuple<Tensor, Tensor> forward_on_gpu(Tensor u, Tensor dt, Tensor A, Tensor B, OptionalTensor C, OptionalTensor D,
+                                          OptionalTensor dt_weight, OptionalTensor dt_bias, Tensor route,
+                                          OptionalTensor param_route, OptionalTensor reset, bool dt_softplus,
+                                          std::string result, ScalarType out_dtype, int64_t checkpoint_steps) {
+    return forward<kCuda>(u, dt, A, B, C, D, dt_weight, dt_bias, route, param_route, reset, dt_softplus, result,
+                          out_dtype, checkpoint_steps);
+}
+
 // The same where dt, B and C are parts of the rows of `params`, in this order: their gradients are written as such.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rows_backward(Tensor grad, Tensor checkpoints, Tensor u,
                                                                          Tensor params, Tensor A, Tensor D,
@@ -368,11 +376,6 @@ std::vector<int64_t> sizes_of(const Tensor& x) {
     const auto sizes = x.sizes();
     return {sizes.begin(), sizes.end()};
 }
-
-// What a call of a norm's forward gives; statistics and the sum only where they are asked for.
-struct NormResult {
-    Tensor y, sum, mean, rstd;
-};
 
 NormResult run_layer_norm(const Tensor& given, const OptionalTensor& given_branch, const Tensor& given_weight,
                           const Tensor& given_bias, double eps, ScalarType out_dtype, bool with_statistics) {
@@ -872,7 +875,6 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv_backward(Tensor grad, Tensor x
 }
 #endif
 
-}  // namespace
 }  // namespace vmamba
 
 // The schemas are defined in vmamba/ops (schema.py), beside the fake implementations and the autograd formulas.
@@ -886,8 +888,8 @@ STABLE_TORCH_LIBRARY_IMPL(vmamba, CompositeExplicitAutograd, m) { m.impl("cpu_is
 
 #ifdef VMAMBA_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(vmamba, CUDA, m) {
-    m.impl("selective_scan", TORCH_BOX(&vmamba::forward<vmamba::kCuda>));
-    m.impl("selective_scan_forward", TORCH_BOX(&vmamba::forward<vmamba::kCuda>));
+    m.impl("selective_scan", TORCH_BOX(&vmamba::forward_on_gpu));
+    m.impl("selective_scan_forward", TORCH_BOX(&vmamba::forward_on_gpu));
     m.impl("selective_scan_backward", TORCH_BOX(&vmamba::backward<vmamba::kCuda>));
     m.impl("selective_scan_rows_backward", TORCH_BOX(&vmamba::rows_backward));
     m.impl("layer_norm", TORCH_BOX(&vmamba::layer_norm));

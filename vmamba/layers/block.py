@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from vmamba.layers.conv import DepthwiseConv2d
 from vmamba.layers.mlp import Mlp
 from vmamba.layers.norm import BranchNorm, norm_of
-from vmamba.layers.plain import is_plain, names_calls
+from vmamba.layers.one_node import in_one_node
+from vmamba.layers.plain import drops_nothing, is_plain, names_calls
 from vmamba.layers.ss2d import SS2D
 from vmamba.ops.mlp import serves_projection
 from vmamba.ops.norm_linear import norm_linear, serves_norm_linear
@@ -72,6 +73,9 @@ class PreNormBlock(nn.Module):
         """
         if self._ends_in_one_pass(x):
             return self._in_few_passes(x, branch), None
+        in_training = in_one_node(self, x, branch)
+        if in_training is not None:
+            return in_training
         x, normed = self._norm1(x, branch)
         branch = self.drop_path(self.mixer(normed))
         if self.mlp is None:
@@ -92,7 +96,7 @@ class PreNormBlock(nn.Module):
             and not torch.is_grad_enabled()
             and not names_calls(x)
             and is_plain(self.mlp, Mlp)
-            and (is_plain(self.drop_path, nn.Identity) or _drops_nothing(self.drop_path))
+            and drops_nothing(self.drop_path)
             and self.mlp.serves_residual(x, self.norm2)
         )
 
@@ -180,10 +184,6 @@ def run_blocks(blocks: Iterable[nn.Module], x: Any) -> Any:
 
 def _total(x: Any, branch: Tensor | None) -> Any:
     return x if branch is None else by_position(torch.add, x, branch)
-
-
-def _drops_nothing(drop_path: nn.Module) -> bool:
-    return is_plain(drop_path, DropPath) and not (drop_path.training and drop_path.drop_prob)
 
 
 def _defers(block: nn.Module) -> TypeGuard[PreNormBlock]:

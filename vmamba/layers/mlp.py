@@ -21,10 +21,10 @@ class Mlp(timm.layers.Mlp):
         return by_position(self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if not self._begins_plainly():
+        if not self.begins_plainly():
             return super().forward(x)
-        if self._ends_plainly() and serves_mlp(x, *self._weights()):
-            return mlp(x, *self._weights())
+        if self.ends_plainly() and serves_mlp(x, *self.weights()):
+            return mlp(x, *self.weights())
         fc1: Any = self.fc1
         if not serves_linear_gelu(fc1.weight, fc1.bias):
             return super().forward(x)
@@ -35,9 +35,9 @@ class Mlp(timm.layers.Mlp):
         """Whether :meth:`residual` has a kernel for this map, and nobody can tell it from a call of the parts."""
         return (
             is_plain(norm, BranchNorm)
-            and self._begins_plainly()
-            and self._ends_plainly()
-            and serves_residual_mlp(x, norm_of(norm), *self._weights())
+            and self.begins_plainly()
+            and self.ends_plainly()
+            and serves_residual_mlp(x, norm_of(norm), *self.weights())
         )
 
     def residual(
@@ -54,18 +54,18 @@ class Mlp(timm.layers.Mlp):
         maps = (x,) if branch is None else (x, branch)
 
         def in_one_pass(x: Tensor, branch: Tensor | None = None) -> Tensor:
-            return residual_mlp(x, branch, norm_of(norm), *self._weights(), projection=projection)
+            return residual_mlp(x, branch, norm_of(norm), *self.weights(), projection=projection)
 
         return by_position(in_one_pass, *maps)
 
-    def _weights(self) -> tuple[Any, ...]:
+    def weights(self) -> tuple[Any, ...]:
         return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
 
-    def _begins_plainly(self) -> bool:
+    def begins_plainly(self) -> bool:
         """Whether nobody can tell if the first layer and its activation are called, or computed in one."""
         return _is_linear(self.fc1) and is_plain(self.act, nn.GELU) and self.act.approximate == "none"
 
-    def _ends_plainly(self) -> bool:
+    def ends_plainly(self) -> bool:
         """The same of what is behind the activation."""
         return (
             _is_linear(self.fc2)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from timm.layers import DropPath
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -31,6 +32,13 @@ def is_plain(module: Any, cls: type[nn.Module]) -> bool:
 def is_plain_linear(layer: Any) -> bool:
     """Whether ``layer`` is a linear layer that is plain, and so is its weight: quantised ones are of other classes."""
     return is_plain(layer, nn.Linear) and type(layer.weight) is nn.Parameter
+
+
+def drops_nothing(drop_path: Any) -> bool:
+    """Whether stochastic depth is a plain module that leaves the map as it is."""
+    if is_plain(drop_path, DropPath):
+        return not (drop_path.training and drop_path.drop_prob)
+    return is_plain(drop_path, nn.Identity)
 
 
 def names_calls(x: Any) -> bool:

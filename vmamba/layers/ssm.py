@@ -74,12 +74,12 @@ class SelectiveSSM(nn.Module):
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Low-rank step sizes (batch, L, K, R), B and C (batch, L, K, N) of ``u`` (batch, L, D)."""
-        params = aligned_linear(u, self.x_proj.weight) if self._projects_plainly() else self.x_proj(u)
+        params = aligned_linear(u, self.x_proj.weight) if self.projects_plainly() else self.x_proj(u)
         params = params.unflatten(-1, (self.directions, self.rank + 2 * self.d_state))
         dt, B, C = params.split([self.rank, self.d_state, self.d_state], dim=-1)
         return dt, B, C
 
-    def _projects_plainly(self) -> bool:
+    def projects_plainly(self) -> bool:
         """Whether nobody can tell if ``x_proj`` is called, or its weight multiplied with.
 
         While torch.fx traces a caller of :meth:`project`, weights are of another class, and it is called.
@@ -95,7 +95,7 @@ class SelectiveSSM(nn.Module):
         """
         A = -torch.exp(self.A_log.float())
         out_dtype = torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
-        if self._projects_plainly():
+        if self.projects_plainly():
             weight = self.x_proj.weight
             if serves_projected_scan(u, weight, self.dt_weight, route, result):
                 return projected_scan(u, weight, A, self.D, self.dt_weight, self.dt_bias, route, result, out_dtype)

@@ -107,14 +107,18 @@ def _add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps
     return total, _layer_norm(total, weight, bias, eps, out_dtype)
 
 
+def serves_channels(channels: int) -> bool:
+    """Whether the kernels norm rows of so many channels."""
+    return channels % 4 == 0 and 0 < channels <= _MOST_CHANNELS
+
+
 def _has_kernel(x: Tensor, out_dtype: torch.dtype, training: bool) -> bool:
     channels = x.shape[-1]
     return (
         x.is_cuda
         and (training or not torch.compiler.is_compiling())
         and extension.has_kernel("cuda")
-        and channels % 4 == 0
-        and 0 < channels <= _MOST_CHANNELS
+        and serves_channels(channels)
         and x.dtype in extension.KERNEL_DTYPES
         and out_dtype in (x.dtype, torch.float32, *(extension.KERNEL_DTYPES if x.dtype == torch.float32 else ()))
     )

@@ -72,3 +72,14 @@ _CONV = (
 )
 DEPTHWISE_CONV = f"({_CONV}) -> Tensor"
 DEPTHWISE_CONV_BACKWARD = f"(Tensor grad, {_CONV}) -> (Tensor, Tensor, Tensor)"
+
+BLOCK_FORWARD = (
+    "(Tensor x, Tensor? branch, Tensor[] weights, Tensor route, Tensor? factors1, Tensor? factors2, float[] eps, "
+    "ScalarType dtype, int checkpoint_steps, bool fused_mlp) -> Tensor[]"
+)
+"""The branch that is still to be added, the stream, and what else the backward keeps."""
+BLOCK_BACKWARD = (
+    "(Tensor grad_total, Tensor grad_branch, Tensor[] kept, Tensor[] weights, Tensor route, Tensor? factors1, "
+    "Tensor? factors2, bool had_branch, int checkpoint_steps) -> Tensor[]"
+)
+"""Gradients of the weights, of x and, where there was one, of the branch."""
