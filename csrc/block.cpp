@@ -1,5 +1,5 @@
-// A block of VMamba in training, forward and backward: the operators and products it is made of, called one after the
-// other. Each of them takes Python and autograd longer to call than most of them take a GPU.
+// A block of VMamba, forward and backward: the operators and products it is made of, called one after the other. Each
+// of them takes Python and autograd longer to call than most of them take a GPU.
 #ifdef VMAMBA_WITH_CUDA
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/library.h>
@@ -14,7 +14,6 @@
 #include <optional>
 #include <string>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "cuda/block_weights.h"
@@ -29,16 +28,22 @@ using Tensors = std::vector<Tensor>;
 // Products. Maps are dense, (batch, positions, channels); as a matrix they are (rows, channels).
 // ---------------------------------------------------------------------------------------------------------------------
 
-Tensor strided(const Tensor& x, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
-    AtenTensorHandle view = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                          strides.data(), x.storage_offset(), &view));
-    return Tensor(view);
-}
-
 Tensor map_of(const Tensor& x, int64_t batch) {
     const int64_t channels = x.size(x.dim() - 1), positions = x.numel() / (batch * channels);
     return strided(x, {batch, positions, channels}, {positions * channels, channels, 1});
+}
+
+Tensor image_of(const Tensor& map, const Tensor& like) {
+    const int64_t height = like.size(1), width = like.size(2), channels = like.size(3);
+    return strided(map, {like.size(0), height, width, channels},
+                   {height * width * channels, width * channels, channels, 1});
+}
+
+// A part of the features of each direction.
+Tensor columns(const Tensor& params, int64_t directions, int64_t first, int64_t count) {
+    const int64_t batch = params.size(0), positions = params.size(1), width = params.numel() / (batch * positions);
+    return strided(params, {batch, positions, directions, count}, {positions * width, width, width / directions, 1},
+                   first);
 }
 
 Tensor matrix(const Tensor& x) {
@@ -229,95 +234,135 @@ struct MixerConv {
 // Forward
 // ---------------------------------------------------------------------------------------------------------------------
 
-Tensor mix_positions(const Tensor& x, const Weights& weights, const Tensor& route, const MixerConv& conv, double eps,
-                     int64_t checkpoint_steps, Kept& kept) {
-    const int64_t directions = route.size(0), states = weights.A_log.size(2), rank = weights.dt_weight.size(2);
-    const int64_t features = rank + 2 * states;
-    STD_TORCH_CHECK(weights.x_proj.size(0) == directions * features, "x_proj must have ", directions, " * ", features,
-                    " rows");
-    kept.inner = linear(x, kept.in_proj);
-    kept.u = conv.forward(kept.inner, weights.conv);
-    const Tensor params = linear(kept.u, kept.x_proj);
-    kept.params = strided(params, {params.size(0), params.size(1), directions, features},
-                          {params.size(1) * directions * features, directions * features, features, 1});
-    const Tensor dt = torch::stable::narrow(kept.params, 3, 0, rank),
-                 B = torch::stable::narrow(kept.params, 3, rank, states),
-                 C = torch::stable::narrow(kept.params, 3, rank + states, states);
-    // Sums could exceed float16.
-    const ScalarType sums = x.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
-    std::tie(kept.y, kept.checkpoints) =
-        forward_on_gpu(kept.u, dt, kept.A, B, C, weights.D, weights.dt_weight, weights.dt_bias, route, std::nullopt,
-                       std::nullopt, true, "merged", sums, checkpoint_steps);
-    const NormResult norm = run_layer_norm(kept.y, std::nullopt, weights.out_norm_weight, weights.out_norm_bias, eps,
-                                           x.scalar_type(), true);
-    kept.normed_y = norm.y;
-    kept.mean_y = norm.mean;
-    kept.rstd_y = norm.rstd;
-    return linear(norm.y, kept.out_proj);
-}
+// Three norms, and what is between them. Without a backward to come, each map is freed as soon as it has been read.
+class Forward {
+  public:
+    Forward(const Tensor& x, const Tensors& weights, const Tensor& route, const std::vector<double>& eps,
+            ScalarType dtype, int64_t checkpoint_steps, bool fused_mlp)
+        : weights_(weights_of(weights, x)),
+          route_(route),
+          conv_(x, weights_.conv),
+          eps_(eps),
+          dtype_(dtype),
+          checkpoint_steps_(checkpoint_steps),
+          keep_(checkpoint_steps > 0),
+          fused_mlp_(fused_mlp) {
+        STD_TORCH_CHECK(route.dim() == 2, "route must be (K, T)");
+        STD_TORCH_CHECK(eps.size() == 3, "a block has three norms, got ", eps.size(), " eps");
+        STD_TORCH_CHECK(scalar_of(dtype) != Scalar::f32, "a block computes in bfloat16 or float16");
+        Casts casts(dtype);
+        kept.in_proj = casts.cast(weights_.in_proj);
+        kept.x_proj = casts.cast(weights_.x_proj);
+        kept.out_proj = casts.cast(weights_.out_proj);
+        kept.fc1 = casts.cast(weights_.fc1_weight);
+        kept.fc2 = casts.cast(weights_.fc2_weight);
+        kept.A = casts.decay(weights_.A_log);
+        if (!fused_mlp) {
+            fc1_bias_ = casts.cast(weights_.fc1_bias);
+            fc2_bias_ = casts.cast(weights_.fc2_bias);
+        }
+        casts.run(x.get_device_index());
+    }
+
+    // From the stream, and the branch that is to be added to it first.
+    void norm1(const Tensor& x, const OptionalTensor& branch) {
+        const Tensor sum =
+            norm(x, branch, weights_.norm1_weight, weights_.norm1_bias, eps_[0], kept.normed1, kept.mean1, kept.rstd1);
+        kept.total1 = branch ? sum : x;
+    }
+
+    void norm2(const Tensor& branch) {
+        kept.total2 = norm(kept.total1, branch, weights_.norm2_weight, weights_.norm2_bias, eps_[2], kept.normed2,
+                           kept.mean2, kept.rstd2);
+        has_been_read(kept.total1);
+    }
+
+    Tensor mix_positions() {
+        const int64_t directions = route_.size(0), states = weights_.A_log.size(2), rank = weights_.dt_weight.size(2);
+        const int64_t features = rank + 2 * states;
+        STD_TORCH_CHECK(weights_.x_proj.size(0) == directions * features, "x_proj must have ", directions, " * ",
+                        features, " rows");
+        kept.inner = linear(kept.normed1, kept.in_proj);
+        has_been_read(kept.normed1);
+        kept.u = conv_.forward(kept.inner, weights_.conv);
+        has_been_read(kept.inner);
+        kept.params = columns(linear(kept.u, kept.x_proj), directions, 0, features);
+        const Tensor dt = columns(kept.params, directions, 0, rank), B = columns(kept.params, directions, rank, states),
+                     C = columns(kept.params, directions, rank + states, states);
+        // Sums could exceed float16.
+        const ScalarType sums = dtype_ == ScalarType::BFloat16 ? dtype_ : ScalarType::Float;
+        std::tie(kept.y, kept.checkpoints) =
+            forward_on_gpu(kept.u, dt, kept.A, B, C, weights_.D, weights_.dt_weight, weights_.dt_bias, route_,
+                           std::nullopt, std::nullopt, true, "merged", sums, checkpoint_steps_);
+        has_been_read(kept.u);
+        has_been_read(kept.params);
+        norm(kept.y, std::nullopt, weights_.out_norm_weight, weights_.out_norm_bias, eps_[1], kept.normed_y,
+             kept.mean_y, kept.rstd_y);
+        has_been_read(kept.y);
+        const Tensor result = linear(kept.normed_y, kept.out_proj);
+        has_been_read(kept.normed_y);
+        return result;
+    }
+
+    Tensor mix_channels() {
+        if (fused_mlp_) return mlp(kept.normed2, kept.fc1, weights_.fc1_bias, kept.fc2, weights_.fc2_bias);
+        kept.hidden = linear(kept.normed2, kept.fc1, fc1_bias_);
+        has_been_read(kept.normed2);
+        kept.active = gelu(*kept.hidden);
+        has_been_read(*kept.hidden);
+        return linear(*kept.active, kept.fc2, fc2_bias_);
+    }
+
+    Kept kept;
+
+  private:
+    Tensor norm(const Tensor& x, const OptionalTensor& branch, const Tensor& weight, const Tensor& bias, double eps,
+                Tensor& y, Tensor& mean, Tensor& rstd) const {
+        const NormResult result = run_layer_norm(x, branch, weight, bias, eps, dtype_, keep_);
+        y = result.y;
+        mean = result.mean;
+        rstd = result.rstd;
+        return result.sum;
+    }
+    void has_been_read(Tensor& map) const {
+        if (!keep_) map = Tensor();
+    }
+
+    Weights weights_;
+    Tensor route_;
+    MixerConv conv_;
+    std::vector<double> eps_;
+    ScalarType dtype_;
+    int64_t checkpoint_steps_;
+    bool keep_, fused_mlp_;
+    OptionalTensor fc1_bias_, fc2_bias_;
+};
 
 }  // namespace
 
-// Returns the branch that is still to be added, and what the backward takes, first of it the stream.
-Tensors block_forward(Tensor given, OptionalTensor given_branch, Tensors given_weights, Tensor route,
-                      OptionalTensor factors1, OptionalTensor factors2, std::vector<double> eps, ScalarType dtype,
-                      int64_t checkpoint_steps, bool fused_mlp) {
-    STD_TORCH_CHECK(given.dim() == 4 && given.numel() > 0, "x must be (batch, height, width, channels)");
-    STD_TORCH_CHECK(route.dim() == 2, "route must be (K, T)");
-    STD_TORCH_CHECK(eps.size() == 3, "a block has three norms, got ", eps.size(), " eps");
-    STD_TORCH_CHECK(scalar_of(dtype) != Scalar::f32, "a block computes in bfloat16 or float16");
-    const Weights weights = weights_of(given_weights, given);
-    const MixerConv conv(given, weights.conv);
-    const Tensor x = map_of(dense(given), given.size(0));
-    OptionalTensor branch;
-    if (given_branch) branch = map_of(dense(*given_branch), given.size(0));
+// Returns the branch that is still to be added, the stream, and with checkpoints what else the backward takes.
+Tensors block_forward(Tensor x, OptionalTensor branch, Tensors weights, Tensor route, OptionalTensor factors1,
+                      OptionalTensor factors2, std::vector<double> eps, ScalarType dtype, int64_t checkpoint_steps,
+                      bool fused_mlp) {
+    STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0, "x must be (batch, height, width, channels)");
+    Forward block(x, weights, route, eps, dtype, checkpoint_steps, fused_mlp);
+    if (branch) branch = map_of(dense(*branch), x.size(0));
+    block.norm1(map_of(dense(x), x.size(0)), branch);
+    block.norm2(dropped(block.mix_positions(), factors1));
+    const Tensor result = dropped(block.mix_channels(), factors2);
 
-    Kept kept;
-    Casts casts(dtype);
-    kept.in_proj = casts.cast(weights.in_proj);
-    kept.x_proj = casts.cast(weights.x_proj);
-    kept.out_proj = casts.cast(weights.out_proj);
-    kept.fc1 = casts.cast(weights.fc1_weight);
-    kept.fc2 = casts.cast(weights.fc2_weight);
-    kept.A = casts.decay(weights.A_log);
-    OptionalTensor fc1_bias, fc2_bias;
-    if (!fused_mlp) {
-        fc1_bias = casts.cast(weights.fc1_bias);
-        fc2_bias = casts.cast(weights.fc2_bias);
-    }
-    casts.run(given.get_device_index());
-
-    const NormResult norm1 = run_layer_norm(x, branch, weights.norm1_weight, weights.norm1_bias, eps[0], dtype, true);
-    kept.total1 = branch ? norm1.sum : x;
-    kept.normed1 = norm1.y;
-    kept.mean1 = norm1.mean;
-    kept.rstd1 = norm1.rstd;
-    const Tensor mixed = mix_positions(norm1.y, weights, route, conv, eps[1], checkpoint_steps, kept);
-
-    const NormResult norm2 = run_layer_norm(kept.total1, dropped(mixed, factors1), weights.norm2_weight,
-                                            weights.norm2_bias, eps[2], dtype, true);
-    kept.normed2 = norm2.y;
-    kept.mean2 = norm2.mean;
-    kept.rstd2 = norm2.rstd;
-    Tensor result;
-    if (fused_mlp) {
-        result = mlp(norm2.y, kept.fc1, weights.fc1_bias, kept.fc2, weights.fc2_bias);
-    } else {
-        kept.hidden = linear(norm2.y, kept.fc1, fc1_bias);
-        kept.active = gelu(*kept.hidden);
-        result = linear(*kept.active, kept.fc2, fc2_bias);
-    }
-    const auto as_given = [&](const Tensor& map) {
-        const int64_t height = given.size(1), width = given.size(2), channels = given.size(3);
-        return strided(map, {given.size(0), height, width, channels},
-                       {height * width * channels, width * channels, channels, 1});
-    };
-    kept.total2 = as_given(norm2.sum);
+    Kept& kept = block.kept;
+    kept.total2 = image_of(kept.total2, x);
     if (!branch) kept.total1 = kept.total2;  // the caller has x, and a result is not an argument
-    Tensors results = in_order(kept);
-    results.insert(results.begin(), as_given(dropped(result, factors2)));
+    Tensors results{image_of(result, x)};
+    const Tensors others = checkpoint_steps > 0 ? in_order(kept) : Tensors{kept.total2};
+    results.insert(results.end(), others.begin(), others.end());
     return results;
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward
+// ---------------------------------------------------------------------------------------------------------------------
 
 // Returns the gradients of the weights, of x, and where it had one of the branch.
 Tensors block_backward(Tensor grad_total, Tensor given_grad, Tensors given_kept, Tensors given_weights, Tensor route,
@@ -381,14 +426,9 @@ Tensors block_backward(Tensor grad_total, Tensor given_grad, Tensors given_kept,
                                 weights.norm1_weight, kept.mean1, kept.rstd1);
     d.norm1_weight = dnorm1_weight;
     d.norm1_bias = dnorm1_bias;
-    const auto as_given = [&](const Tensor& map) {
-        const int64_t height = given_grad.size(1), width = given_grad.size(2), channels = given_grad.size(3);
-        return strided(map, {batch, height, width, channels},
-                       {height * width * channels, width * channels, channels, 1});
-    };
     Tensors gradients = in_order(d, kWeights);
-    gradients.push_back(as_given(dx));
-    if (had_branch) gradients.push_back(as_given(dbranch));
+    gradients.push_back(image_of(dx, given_grad));
+    if (had_branch) gradients.push_back(image_of(dbranch, given_grad));
     return gradients;
 }
 

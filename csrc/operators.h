@@ -23,6 +23,9 @@ Scalar scalar_of(ScalarType type);
 std::vector<int64_t> sizes_of(const Tensor& x);
 bool same_sizes(const Tensor& x, const std::vector<int64_t>& sizes);
 Tensor dense(const Tensor& x);
+// A view of what x is a view of, that many numbers behind x.
+Tensor strided(const Tensor& x, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+               int64_t offset = 0);
 Tensor new_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype);
 void check_device(const Tensor& x, const char* name, const Tensor& map, const char* map_name);
 

@@ -89,6 +89,17 @@ Tensor new_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType dty
     }
 }
 
+#ifdef VMAMBA_WITH_CUDA
+// As narrow and its like, which go through the dispatcher.
+Tensor strided(const Tensor& x, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+               int64_t offset) {
+    AtenTensorHandle view = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                          strides.data(), x.storage_offset() + offset, &view));
+    return Tensor(view);
+}
+#endif
+
 // Asked first, since even to do nothing the operator goes through the dispatcher.
 Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
@@ -323,8 +334,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rows_backward(Tensor 
     STD_TORCH_CHECK(A.dim() == 3 && dt_weight.dim() == 3, "A and dt_weight must have 3 dimensions");
     const int64_t rank = dt_weight.size(2), states = A.size(2), features = rank + 2 * states;
     STD_TORCH_CHECK(params.dim() == 4 && params.size(3) == features, "params must be (batch, L, K, ", features, ")");
-    const Tensor dt = torch::stable::narrow(params, 3, 0, rank), B = torch::stable::narrow(params, 3, rank, states),
-                 C = torch::stable::narrow(params, 3, rank + states, states);
+    const auto part = [&](int64_t first, int64_t count) {
+        return strided(params, {params.size(0), params.size(1), params.size(2), count},
+                       {params.stride(0), params.stride(1), params.stride(2), params.stride(3)},
+                       first * params.stride(3));
+    };
+    const Tensor dt = part(0, rank), B = part(rank, states), C = part(rank + states, states);
     const Arguments arguments(u, dt, A, B, C, D, dt_weight, dt_bias, route, std::nullopt, std::nullopt, true, result,
                               checkpoint_steps);
     Tensor du = gradient_for(u, u), dparams = gradient_for(params, u), dA = gradient_for(A, u), dD = gradient_for(D, u);
@@ -434,7 +449,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_layer_norm_backward(const Tensor&
     STD_TORCH_CHECK(dy.numel() == x.numel() && mean.numel() == norm.rows && rstd.numel() == norm.rows,
                     "grad, mean and rstd must be those of x");
     Tensor dx = new_tensor(x, sizes_of(x), x.scalar_type());
-    Tensor dbranch = new_tensor(x, grad_sum ? sizes_of(x) : std::vector<int64_t>{0}, dy.scalar_type());
+    Tensor dbranch;
     Tensor dweight = float_rows(x, norm.channels), dbias = float_rows(x, norm.channels);
     cuda::LayerNormGradients gradients;
     OptionalTensor dsum;
@@ -443,6 +458,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_layer_norm_backward(const Tensor&
         check_device(*dsum, "grad_sum", x, "x");
         STD_TORCH_CHECK(dsum->scalar_type() == x.scalar_type() && dsum->numel() == x.numel(),
                         "grad_sum must have the shape and dtype of the sum");
+        dbranch = new_tensor(x, sizes_of(x), dy.scalar_type());
         gradients.dsum = dsum->const_data_ptr();
         gradients.dbranch = dbranch.mutable_data_ptr();
     }

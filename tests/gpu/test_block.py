@@ -1,4 +1,4 @@
-"""A block in training as one operator and one node of autograd's graph, against its layers called one by one."""
+"""A block as one operator, in training one node of autograd's graph, against its layers called one by one."""
 
 from functools import partial
 
@@ -107,6 +107,24 @@ def test_one_of_the_results_may_be_all_that_is_used():
             gradients.append(torch.autograd.grad(y.float().square().sum(), (x, branch, block.mixer.in_proj.weight)))
             block.mixer.out_norm._forward_hooks.clear()
         assert all(relative_error(got, want) < 1e-2 for got, want in zip(*gradients, strict=True))
+
+
+@dtypes
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("dim", [192, 384])
+def test_inference(dim, mode, dtype):
+    blocks, x = make_blocks(dim), make_map(dim, batch=8, height=40, width=40)
+
+    def run():
+        torch.cuda.reset_peak_memory_stats()
+        with mode(), torch.autocast("cuda", dtype):
+            return run_blocks(blocks, x), torch.cuda.max_memory_allocated()
+
+    found, peak = run()
+    by_layers(blocks)
+    expected, peak_of_layers = run()
+    assert torch.equal(found, expected)
+    assert peak <= peak_of_layers
 
 
 def test_recomputed_and_offloaded():

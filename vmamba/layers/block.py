@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vmamba.layers.conv import DepthwiseConv2d
 from vmamba.layers.mlp import Mlp
 from vmamba.layers.norm import BranchNorm, norm_of
-from vmamba.layers.one_node import in_one_node
+from vmamba.layers.one_operator import in_one_operator
 from vmamba.layers.plain import drops_nothing, is_plain, names_calls
 from vmamba.layers.ss2d import SS2D
 from vmamba.ops.mlp import serves_projection
@@ -73,9 +73,9 @@ class PreNormBlock(nn.Module):
         """
         if self._ends_in_one_pass(x):
             return self._in_few_passes(x, branch), None
-        in_training = in_one_node(self, x, branch)
-        if in_training is not None:
-            return in_training
+        at_once = in_one_operator(self, x, branch)
+        if at_once is not None:
+            return at_once
         x, normed = self._norm1(x, branch)
         branch = self.drop_path(self.mixer(normed))
         if self.mlp is None:

@@ -1,4 +1,4 @@
-"""A block of VMamba in training as one operator, forward and backward, and as one node of autograd's graph.
+"""A block of VMamba as one operator; in training forward and backward, as one node of autograd's graph.
 
 Its layers are some twenty operators, each with a node of its own, and under autocast every cast of a weight is another.
 In eager mode calling them takes the host longer than running them takes a GPU. Here the extension calls the same
@@ -6,6 +6,7 @@ kernels and products, one after the other, and autograd sees a single function. 
 weights stay the float32 sums that they are, where autocast rounds them to 16 bits first.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from vmamba.ops import extension, schema
 from vmamba.ops.autocast import autocast_dtype
-from vmamba.ops.registration import LIBRARY, refuse_derivative
+from vmamba.ops.eager import asks_for_gradients
+from vmamba.ops.registration import LIBRARY, checkpoint_steps, refuse_derivative
 
 
 class BlockWeights(NamedTuple):
@@ -51,7 +53,6 @@ class BlockSettings(NamedTuple):
         factors: By which the two branches of each image are multiplied, (batch, 1, 1) in ``dtype``, or None.
         eps: Of the first norm, of the scan's and of the second one.
         dtype: bfloat16 or float16, in which the block computes; states, statistics and the stream are wider.
-        checkpoint_steps: As the scan takes them.
         fused_mlp: Whether the MLP is one kernel.
     """
 
@@ -59,12 +60,11 @@ class BlockSettings(NamedTuple):
     factors: tuple[Tensor | None, Tensor | None]
     eps: tuple[float, float, float]
     dtype: torch.dtype
-    checkpoint_steps: int
     fused_mlp: bool
 
 
 def block(settings: BlockSettings, x: Tensor, branch: Tensor | None, weights: BlockWeights) -> tuple[Tensor, Tensor]:
-    """A pre-norm block of an SS2D and an MLP, without its last addition; for eager mode, where a gradient is asked for.
+    """A pre-norm block of an SS2D and an MLP, without its last addition, in eager mode.
 
     Args:
         settings: Beside tensors that have gradients.
@@ -75,7 +75,18 @@ def block(settings: BlockSettings, x: Tensor, branch: Tensor | None, weights: Bl
     Returns:
         Two maps of the shape of ``x``, the stream, in its dtype, and the branch that is still to be added to it.
     """
-    return _Block.apply(settings, x, branch, *weights)
+    if asks_for_gradients(x, branch, *weights):
+        return _Block.apply(settings, x, branch, *weights)
+    out, total = _forward(settings, x, branch, weights, 0)
+    return total, out
+
+
+def _forward(
+    settings: BlockSettings, x: Tensor, branch: Tensor | None, weights: Sequence[Tensor], steps: int
+) -> list[Tensor]:
+    return torch.ops.vmamba.block_forward(
+        x, branch, weights, settings.route, *settings.factors, settings.eps, settings.dtype, steps, settings.fused_mlp
+    )
 
 
 def serves_block(x: Tensor, branch: Tensor | None) -> bool:
@@ -97,24 +108,23 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings, x, branch, *weights):
         ctx.set_materialize_grads(False)
+        ctx.settings, ctx.had_branch = settings, branch is not None
+        ctx.steps = checkpoint_steps(x.device.type, BlockWeights(*weights).A_log.shape[-1])
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            out, total, *kept = torch.ops.vmamba.block_forward(
-                x, branch, weights, settings.route, *settings.factors, *settings[2:]
-            )
+            out, total, *kept = _forward(settings, x, branch, weights, ctx.steps)
         if branch is None:
             kept[0] = x  # the stream that the second branch is added to
-        ctx.settings, ctx.had_branch, ctx.dtype = settings, branch is not None, out.dtype
         ctx.save_for_backward(total, *kept, *weights)
         return total, out
 
     @staticmethod
     def backward(ctx, grad_total, grad_branch):
+        settings = ctx.settings
         total, *saved = ctx.saved_tensors
         # None where only one of the two results was used.
         grad_total = torch.zeros_like(total) if grad_total is None else grad_total
-        grad_branch = torch.zeros_like(total, dtype=ctx.dtype) if grad_branch is None else grad_branch
+        grad_branch = torch.zeros_like(total, dtype=settings.dtype) if grad_branch is None else grad_branch
         kept, weights = [total, *saved[:-_WEIGHTS]], saved[-_WEIGHTS:]
-        settings = ctx.settings
         # Where a graph of the gradient is asked for, the operator has to be seen: it refuses a derivative of it.
         guard = nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
         with guard:
@@ -126,7 +136,7 @@ class _Block(torch.autograd.Function):
                 settings.route,
                 *settings.factors,
                 ctx.had_branch,
-                settings.checkpoint_steps,
+                ctx.steps,
             )
         of_weights, of_maps = gradients[:_WEIGHTS], gradients[_WEIGHTS:]
         return None, *(of_maps if ctx.had_branch else (*of_maps, None)), *of_weights

@@ -77,7 +77,7 @@ BLOCK_FORWARD = (
     "(Tensor x, Tensor? branch, Tensor[] weights, Tensor route, Tensor? factors1, Tensor? factors2, float[] eps, "
     "ScalarType dtype, int checkpoint_steps, bool fused_mlp) -> Tensor[]"
 )
-"""The branch that is still to be added, the stream, and what else the backward keeps."""
+"""The branch that is still to be added, the stream, and with checkpoints what else the backward takes."""
 BLOCK_BACKWARD = (
     "(Tensor grad_total, Tensor grad_branch, Tensor[] kept, Tensor[] weights, Tensor route, Tensor? factors1, "
     "Tensor? factors2, bool had_branch, int checkpoint_steps) -> Tensor[]"

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.standing_in import standing_in
 from vmamba.layers import SS2D, BranchNorm, GatedSS2D, LayerNorm, Mlp, PreNormBlock, ScanNorm
+from vmamba.ops import record_scans
 from vmamba.ops.block import BlockWeights
 
 DIM = 32
@@ -22,7 +23,8 @@ class Kernel:
     def forward(self, x, branch, weights, route, factors1, factors2, eps, dtype, checkpoint_steps, fused_mlp):
         self.calls.append((x, branch, BlockWeights(*weights), factors1, factors2, eps, dtype, fused_mlp))
         total = x + (x if branch is None else branch)
-        return [total.to(dtype) * 2, total, total.clone(), x[:1].clone()]
+        results = [total.to(dtype) * 2, total]
+        return [*results, total.clone(), x[:1].clone()] if checkpoint_steps else results
 
     def backward(self, grad_total, grad_branch, kept, weights, route, factors1, factors2, had_branch, steps):
         total, stream, first = kept
@@ -35,10 +37,7 @@ class Kernel:
 @pytest.fixture
 def kernel():
     kernel = Kernel()
-    with (
-        standing_in("block", block_forward=kernel.forward, block_backward=kernel.backward),
-        standing_in("projected_scan"),
-    ):
+    with standing_in("block", block_forward=kernel.forward, block_backward=kernel.backward):
         yield kernel
 
 
@@ -181,15 +180,29 @@ def test_other_blocks_run_by_their_layers(kernel, change):
     assert not kernel.calls
 
 
-def test_when_it_is_not_for_training_under_autocast(kernel):
+def test_without_a_gradient_nothing_is_kept(kernel):
+    block, x = make_block().requires_grad_(False), make_map()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            total, out = call(block, x)
+        assert torch.equal(total, 2 * x) and not total.requires_grad and not out.requires_grad
+    assert len(kernel.calls) == 2
+
+
+def test_who_lists_operators_sees_those_of_the_layers(kernel):
+    block, x = make_block(), make_map()
+    with FlopCounterMode(display=False) as counter:
+        call(block, x)
+    with record_scans() as scans:
+        call(block, x)
+    assert counter.get_total_flops() > 0 and len(scans) == 1
+    assert not kernel.calls
+
+
+def test_other_dtypes_run_by_the_layers(kernel):
     block, x = make_block(), make_map()
     block.branches(x)
     call(block, x.bfloat16(), x)  # a branch that is wider than the stream
-    with torch.no_grad():
-        call(block, x)
-    with FlopCounterMode(display=False) as counter:
-        call(block, x)
-    assert counter.get_total_flops() > 0
     assert not kernel.calls
 
 

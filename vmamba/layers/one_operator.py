@@ -1,4 +1,4 @@
-"""A block in training, in eager mode on a GPU: as one operator where nobody can tell."""
+"""A block in eager mode on a GPU: as one operator where nobody can tell."""
 
 from typing import Any
 
@@ -12,18 +12,16 @@ from vmamba.layers.norm import BranchNorm, ScanNorm
 from vmamba.layers.plain import drops_nothing, is_plain, is_plain_linear, names_calls
 from vmamba.layers.ss2d import SS2D
 from vmamba.layers.ssm import SelectiveSSM
-from vmamba.ops import get_route
+from vmamba.ops import get_route, recording
 from vmamba.ops.block import BlockSettings, BlockWeights, block, serves_block
 from vmamba.ops.layer_norm import serves_channels
 from vmamba.ops.mlp import serves_mlp
-from vmamba.ops.projected_scan import serves_projected_scan
-from vmamba.ops.registration import checkpoint_steps
 
 _PACK = 8  # numbers of 16 bits that a product or a kernel reads at a time
 
 
-def in_one_node(layer: Any, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """``layer.branches(x, branch)`` by one operator.
+def in_one_operator(layer: Any, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """``layer.branches(x, branch)`` by :func:`vmamba.ops.block.block`.
 
     Args:
         layer: A :class:`vmamba.layers.PreNormBlock`.
@@ -31,32 +29,31 @@ def in_one_node(layer: Any, x: Tensor, branch: Tensor | None) -> tuple[Tensor, T
         branch: What is still to be added to that; None for nothing.
 
     Returns:
-        None where there is no kernel for the block, or somebody could tell that its layers were not called.
+        None where the operator does not serve, or somebody could tell that the layers were not called.
     """
-    if not (_may_be_one_node(x) and serves_block(x, branch) and _is_plain_block(layer)):
+    if _shows_operators(x) or not (serves_block(x, branch) and _is_plain_block(layer)):
         return None
-    weights, route = _weights(layer), get_route(layer.mixer.route, x.shape[1], x.shape[2], x.device)
-    if not (_are_trained(weights) and _has_geometry(layer, weights) and _scans(layer.mixer.ssm, x, route)):
+    weights = _weights(layer)
+    if not (_are_its_own(weights) and _has_geometry(layer, weights)):
         return None
     dtype = torch.get_autocast_dtype(x.device.type)
     settings = BlockSettings(
-        route,
+        get_route(layer.mixer.route, x.shape[1], x.shape[2], x.device),
         (_factors(layer.drop_path, x, dtype), _factors(layer.drop_path, x, dtype)),
         (layer.norm1.eps, layer.mixer.out_norm.eps, layer.norm2.eps),
         dtype,
-        checkpoint_steps(x.device.type, layer.mixer.ssm.d_state),
         serves_mlp(x, *layer.mlp.weights()),
     )
     return block(settings, x, branch, weights)
 
 
-def _may_be_one_node(x: Tensor) -> bool:
-    """Whether a gradient may be asked for, and no graph or list of the operators is being made."""
+def _shows_operators(x: Tensor) -> bool:
+    """Whether a graph or a list of the operators is being made, or of their scans."""
     return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not names_calls(x)
-        and torch._C._len_torch_dispatch_stack() == 0
+        torch.compiler.is_compiling()
+        or names_calls(x)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or recording.is_recording()
     )
 
 
@@ -101,11 +98,12 @@ def _weights(layer: Any) -> BlockWeights:
     )
 
 
-def _are_trained(weights: BlockWeights) -> bool:
-    """Whether the operator would compute no gradient in vain, and none of these is made from other tensors."""
+def _are_its_own(weights: BlockWeights) -> bool:
+    """Whether the operator takes these weights, none is made from others, and no gradient is computed in vain."""
+    training = torch.is_grad_enabled()
     return all(
         type(weight) is nn.Parameter
-        and weight.requires_grad
+        and (weight.requires_grad or not training)
         and weight.dtype is torch.float32
         and weight.is_contiguous()
         for weight in weights
@@ -129,10 +127,6 @@ def _has_geometry(layer: Any, weights: BlockWeights) -> bool:
         and weights.x_proj.shape[0] % _PACK == 0
         and weights.fc1_weight.shape[0] % _PACK == 0
     )
-
-
-def _scans(ssm: SelectiveSSM, x: Tensor, route: Tensor) -> bool:
-    return serves_projected_scan(x.flatten(1, 2), ssm.x_proj.weight, ssm.dt_weight, route, "merged")
 
 
 def _factors(drop_path: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor | None:
