@@ -22,6 +22,11 @@ def dt_rank(dim: int) -> int:
     return math.ceil(dim / 16)
 
 
+def kept_dtype(u: Tensor) -> torch.dtype:
+    """What a scan's states, and sums of them, are written in: bfloat16 if ``u`` is; they could exceed float16."""
+    return torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
+
+
 @register_notrace_module  # how it computes depends on the device
 class SelectiveSSM(nn.Module):
     """Input-dependent scan of a map along several directions, each with its own parameters (Mamba's S6).
@@ -91,10 +96,10 @@ class SelectiveSSM(nn.Module):
 
         Returns:
             The sum over directions and visits, (batch, L, D), or another ``result`` of
-            :func:`vmamba.ops.selective_scan`: in bfloat16 if ``u`` is, else in float32, since it could exceed float16.
+            :func:`vmamba.ops.selective_scan`, in :func:`kept_dtype`.
         """
         A = -torch.exp(self.A_log.float())
-        out_dtype = torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
+        out_dtype = kept_dtype(u)
         if self.projects_plainly():
             weight = self.x_proj.weight
             if serves_projected_scan(u, weight, self.dt_weight, route, result):

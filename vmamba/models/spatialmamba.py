@@ -26,6 +26,7 @@ from vmamba.layers import (
     SelectiveSSM,
     dt_rank,
 )
+from vmamba.layers.ssm import kept_dtype
 from vmamba.models import _mlla_layout
 from vmamba.models._builder import build_model, imagenet_cfg, published_cfgs, published_top1
 from vmamba.models._checkpoint import Names, rename, unwrap
@@ -49,7 +50,7 @@ class StateFusion(nn.Module):
     """A weighted sum of depthwise 3x3 convolutions of growing dilation, of a map (batch, height, width, dim).
 
     The map is continued beyond its border by its border's values; all other convolutions of the network continue theirs
-    by zeros. Computed in float32 under autocast too: states may exceed float16.
+    by zeros. It stays in the dtype of the states under autocast too: they may exceed float16.
     """
 
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
@@ -66,7 +67,8 @@ class StateFusion(nn.Module):
         self.alpha.fill_(1.0)
 
     def forward(self, states: Tensor) -> Tensor:
-        kernels = self.alpha.view(1, -1, 1, 1).to(states.dtype) * self.kernels.to(states.dtype)
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        kernels = self.alpha.view(1, -1, 1, 1).to(dtype) * self.kernels.to(dtype)
         with _without_autocast(states.device.type):
             scales = [
                 depthwise_conv(states, kernel, padding=dilation, dilation=dilation, padding_mode="replicate")
@@ -106,6 +108,7 @@ class StructureAwareSSM(SelectiveSSM):
             dt_bias=self.dt_bias,
             route=get_route("raster", *size, u.device),
             result="states",
+            out_dtype=kept_dtype(sequence),
         )
         fused = self.fusion(states.flatten(1, 2).squeeze(-1).unflatten(1, size))
         # C observes the fused state, the skip passes the input by.
