@@ -77,6 +77,8 @@ struct BackwardArgs {
 template <typename T>
 void forward_pass(const ForwardArgs& args, Pass pass, bool float_out, cudaStream_t stream);
 template <typename T>
+void long_forward(const ForwardArgs& args, bool float_out, cudaStream_t stream);
+template <typename T>
 void fused_forward(const FusedArgs& args, bool float_out, cudaStream_t stream);
 template <typename T>
 void backward_pass(const BackwardArgs& args, Pass pass, cudaStream_t stream);

@@ -103,6 +103,13 @@ inline int64_t wide_warps(int rank, int tile) {
     return std::min<int64_t>(blocks, 12 * 32 / tile) * tile / 32;
 }
 
+// Whether 16-bit numbers can be read `count` at a time from every such number of features on; and in pairs.
+inline bool in_packs(const Rows& rows, int count) {
+    return reinterpret_cast<uintptr_t>(rows.data) % (2 * count) == 0 && rows.image_stride % count == 0 &&
+           rows.direction_stride % count == 0 && rows.position_stride % count == 0;
+}
+inline bool in_pairs(const Rows& rows) { return in_packs(rows, 2); }
+
 // Whether rows of many states are too few for one lane a channel, but enough for two: those walk all steps in one pass,
 // with half of the states each, where chunks would take a summary pass. On an H200 few steps are faster so, and many
 // only where the rows are nearly enough.
@@ -110,6 +117,21 @@ inline bool takes_two_lanes(const Scan& scan, const Cut& chunked) {
     const int64_t warps = scan.batch * scan.directions * chunked.groups * chunked.tiles * (chunked.tile / 32);
     return scan.states > 1 && scan.result != Result::states && chunked.chunks > 1 &&
            (warps >= 480 || (warps >= 112 && scan.steps <= 4 * kPageSteps));
+}
+
+// Whether the long forward (forward_long.cuh) takes a scan: sixteen states, results that are sums, and rows and inputs
+// of 16 bits that can be read eight and sixteen bytes at a time.
+constexpr int kLongTile = 32;      // channels of a block
+constexpr int kLongMostRank = 16;  // what one product takes
+inline bool serves_long(const Scan& s) {
+    return s.states == kWideGroup && s.dtype != Scalar::f32 && s.result != Result::states && s.rank > 0 &&
+           s.rank % 4 == 0 && s.rank <= kLongMostRank && s.channels % kLongTile == 0 && !s.reset.data &&
+           in_packs(s.u, 8) && in_packs(s.dt, 4) && in_packs(s.B, 4) && in_packs(s.C, 4);
+}
+// Whether it is faster than chunks, or than two lanes a channel: of few steps with half as many rows (on an H200).
+inline bool takes_long(const Scan& s, const Cut& chunked) {
+    const int64_t warps = s.batch * s.directions * s.channels / 8;
+    return serves_long(s) && chunked.chunks > 1 && (warps >= 768 || (warps >= 384 && s.steps <= 4 * kPageSteps));
 }
 
 // A summary pass costs about as much as the scan itself, except before the backward of many states: a fifth there.
@@ -122,6 +144,7 @@ inline Cut forward_cut(const Scan& scan, int64_t limit) {
     const int tile = tile_of(1);
     const Fill fill{132 * 20 / 3, scan.states == 1 ? 132 * 20 : 132 * wide_warps(static_cast<int>(scan.rank), tile)};
     const Cut chunked = cut(scan, tile, 1, fill);
+    if (takes_long(scan, chunked)) return cut(scan, kLongTile, 4, {0, 1});
     return takes_two_lanes(scan, chunked) ? cut(scan, tile_of(2), 2, {0, 1}) : chunked;
 }
 // Whether the one-state backward keeps its pages in 16 bits: BackwardPage (backward_page.cuh) for each dtype.
@@ -161,12 +184,6 @@ inline int64_t fused_padded_steps(const Scan& s) {
 // Operand blocks of 16 features that hold the low-rank ones and B and C; 0 where they are eight or less and share a
 // block with their low halves.
 inline int fused_blocks(int64_t rank) { return fused_small(rank) ? 0 : rank + 2 <= 16 ? 1 : rank + 2 <= 32 ? 2 : 4; }
-
-// Whether 16-bit numbers can be read two at a time from even features on.
-inline bool in_pairs(const Rows& rows) {
-    return reinterpret_cast<uintptr_t>(rows.data) % 4 == 0 && rows.image_stride % 2 == 0 &&
-           rows.direction_stride % 2 == 0 && rows.position_stride % 2 == 0;
-}
 
 // Whether low-rank steps, B and C of one state stand side by side in rows of 16-bit numbers, as models make them, that
 // can be read in pairs, by a warp at most.

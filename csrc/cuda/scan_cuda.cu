@@ -158,6 +158,10 @@ struct BackwardMemory {
 };
 
 void run_forward(const ForwardArgs& args, Pass pass, bool float_out, cudaStream_t stream) {
+    if (args.cut.lanes == 4) {
+        const bool of_bf16 = args.scan.dtype == Scalar::bf16;
+        return (of_bf16 ? long_forward<__nv_bfloat16> : long_forward<__half>)(args, float_out, stream);
+    }
     switch (args.scan.dtype) {
         case Scalar::f32:
             return forward_pass<float>(args, pass, float_out, stream);

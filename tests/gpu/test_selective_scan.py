@@ -1,6 +1,7 @@
 """The CUDA selective scan against the float64 reference: forward and every gradient, for all the schema can say."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -231,6 +232,46 @@ def test_two_threads_share_the_states_of_a_channel(dtype, states, result):
         reset = torch.rand(4, steps, device="cuda") < 0.01
         check(inputs, dtype, route=get_route("cross", 1, steps, "cuda"), reset=reset, result=result)
         check(inputs, dtype, route=get_route("cross", 1, steps, "cuda"), result=result)
+
+
+def kernels_of(function) -> str:
+    """The names of the kernels it runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        function()
+        torch.cuda.synchronize()
+    return " ".join(event.key for event in trace.key_averages())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [4, 12, 16, 24])
+@pytest.mark.parametrize("result", ["merged", "steps"])
+def test_four_threads_share_sixteen_states(dtype, rank, result):
+    for steps, channels in ((203, 96), (300, 64)):
+        options = {"u_shared": rank == 4, "params_shared": rank == 16, "with_skip": rank != 12, "with_bias": rank != 16}
+        inputs = make_inputs(32, 70, channels, 16, 4, rank=rank, packed=True, dtype=dtype, **options)
+        if inputs["dt_bias"] is not None:
+            inputs["dt_bias"] = inputs["dt_bias"] - 2.0  # long memory
+        per_image = 32 if steps == 203 else None
+        route = random_route(4, steps, 70, batch=per_image)
+        served = "long_forward" in kernels_of(partial(selective_scan, **inputs, route=route, result=result))
+        assert served == (rank <= 16)
+        check(inputs, dtype, route=route, result=result)
+        check(inputs, dtype, route=route, param_route=random_route(4, steps, 70, 1, per_image), result=result)
+        check(inputs, dtype, route=route, result=result, dt_softplus=False)
+
+
+def test_what_four_threads_cannot_read_at_once_is_read_as_ever():
+    """Views that begin anywhere, and rows of any length."""
+    route = random_route(4, 200, 50)
+    inputs = make_inputs(32, 50, 64, 16, 4, rank=4, packed=True, dtype=torch.bfloat16)
+    want = selective_scan(**inputs, route=route)
+    shifted = torch.empty(inputs["u"].numel() + 1, dtype=torch.bfloat16, device="cuda")[1:].view_as(inputs["u"])
+    rows = torch.cat([inputs[name] for name in ("dt", "B", "C", "dt")], -1)[..., :-1].contiguous()  # of 39 numbers
+    dt, B, C, _ = rows.split([4, 16, 16, 3], -1)
+    for other in ({"u": shifted.copy_(inputs["u"])}, {"dt": dt, "B": B, "C": C}):
+        call = partial(selective_scan, **{**inputs, **other}, route=route)
+        assert "long_forward" not in kernels_of(call)
+        assert error(call(), want) < 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
