@@ -143,6 +143,7 @@ OTHERS = {
         block.mixer, out_norm=type("Own", (ScanNorm,), {"forward": forward})(DIM)
     ),
     "another mixer": lambda block: put(block, mixer=GatedSS2D(DIM)),
+    "a mixer with a scan of its own": lambda block: put(block, mixer=type("Own", (SS2D,), {"scan": SS2D.scan})(DIM)),
     "another activation": lambda block: put(block.mlp, act=nn.SiLU()),
     "dropout": lambda block: put(block.mlp, drop1=nn.Dropout(0.1)),
     "a bias more": lambda block: put(block.mixer, in_proj=nn.Linear(DIM, DIM)),
