@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import export, unflatten
 from torch.nn.modules.module import register_module_forward_hook
 
-from vmamba.layers import BlockSequence, DepthwiseConv2d, Mlp, PositionalBlock, PreNormBlock, run_blocks
+from vmamba.layers import BlockSequence, BranchNorm, DepthwiseConv2d, Mlp, PositionalBlock, PreNormBlock, run_blocks
 from vmamba.models._hierarchical import Stage
 from vmamba.ops import add_layer_norm
 
@@ -153,6 +153,17 @@ def test_a_watched_block_is_called(watcher, called):
     torch.compiler.reset()
     blocks, x = make_blocks(), make_map()
     WATCHERS[watcher](blocks[1])
+    assert torch.equal(blocks(x), one_by_one(blocks, x))
+    assert called == [blocks[1]]
+
+
+def test_a_norm_of_a_subclass_norms_in_its_way(called):
+    class Doubled(BranchNorm):
+        def _norm(self, x, dtype):
+            return 2 * super()._norm(x, dtype)
+
+    blocks, x = make_blocks(), make_map()
+    blocks[1].norm1 = Doubled(DIM)
     assert torch.equal(blocks(x), one_by_one(blocks, x))
     assert called == [blocks[1]]
 

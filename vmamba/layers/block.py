@@ -11,7 +11,7 @@ from vmamba.layers.conv import DepthwiseConv2d
 from vmamba.layers.mlp import Mlp
 from vmamba.layers.norm import BranchNorm, norm_of
 from vmamba.layers.one_operator import in_one_operator
-from vmamba.layers.plain import drops_nothing, is_plain, names_calls
+from vmamba.layers.plain import drops_nothing, is_plain, is_unwatched, names_calls
 from vmamba.layers.ss2d import SS2D
 from vmamba.ops.mlp import serves_projection
 from vmamba.ops.norm_linear import norm_linear, serves_norm_linear
@@ -188,4 +188,9 @@ def _total(x: Any, branch: Tensor | None) -> Any:
 
 def _defers(block: nn.Module) -> TypeGuard[PreNormBlock]:
     """Whether nobody can tell a call of ``block`` from one of its :meth:`PreNormBlock.branches` and an addition."""
-    return is_plain(block, PreNormBlock) and is_plain(block.norm1, BranchNorm)
+    return (
+        isinstance(block, PreNormBlock)
+        and type(block).forward is PreNormBlock.forward
+        and is_unwatched(block)
+        and is_plain(block.norm1, BranchNorm)
+    )

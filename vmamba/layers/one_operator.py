@@ -60,25 +60,20 @@ def _shows_operators(x: Tensor) -> bool:
 def _is_plain_block(layer: Any) -> bool:
     mixer, mlp = layer.mixer, layer.mlp
     return (
-        _is_exactly(mixer, SS2D)
-        and _is_exactly(mlp, Mlp)
-        and _is_exactly(layer.norm1, BranchNorm)
-        and _is_exactly(layer.norm2, BranchNorm)
-        and (_is_exactly(layer.drop_path, nn.Identity) or _is_exactly(layer.drop_path, DropPath))
-        and _is_exactly(mixer.conv, DepthwiseConv2d)
-        and _is_exactly(mixer.ssm, SelectiveSSM)
-        and _is_exactly(mixer.out_norm, ScanNorm)
+        is_plain(mixer, SS2D)
+        and is_plain(mlp, Mlp)
+        and is_plain(layer.norm1, BranchNorm)
+        and is_plain(layer.norm2, BranchNorm)
+        and (is_plain(layer.drop_path, nn.Identity) or is_plain(layer.drop_path, DropPath))
+        and is_plain(mixer.conv, DepthwiseConv2d)
+        and is_plain(mixer.ssm, SelectiveSSM)
+        and is_plain(mixer.out_norm, ScanNorm)
         and is_plain_linear(mixer.in_proj)
         and is_plain_linear(mixer.out_proj)
         and mixer.ssm.projects_plainly()
         and mlp.begins_plainly()
         and mlp.ends_plainly()
     )
-
-
-def _is_exactly(module: Any, cls: type[nn.Module]) -> bool:
-    """Whether ``module`` is plain, and no subclass changes what its ``forward`` calls."""
-    return type(module) is cls and is_plain(module, cls)
 
 
 def _weights(layer: Any) -> BlockWeights:

@@ -9,12 +9,17 @@ from torch.nn.modules import module as torch_module
 
 
 def is_plain(module: Any, cls: type[nn.Module]) -> bool:
-    """Whether calling ``module`` is running the ``forward`` of ``cls``: nobody overrides or watches it.
+    """Whether ``module`` is a ``cls``, not of a subclass, which may change what ``forward`` calls, and unwatched.
 
-    Where it is, parts of several modules can be computed in one pass, and nobody can tell. Hooks, wrappers and tracers
+    Where modules are, parts of several can be computed in one pass, and nobody can tell. Hooks, wrappers and tracers
     that rely on hooks find what they would find without that.
     """
-    if type(module).forward is not cls.forward or "forward" in vars(module):  # graphs and offloading put theirs there
+    return type(module) is cls and is_unwatched(module)
+
+
+def is_unwatched(module: Any) -> bool:
+    """Whether calling ``module`` is running the ``forward`` of its class, and nothing else."""
+    if "forward" in vars(module):  # graphs and offloading put theirs there
         return False
     try:
         return not (
