@@ -1,7 +1,6 @@
 // Operators of registration.cpp, for one that is made of several of them.
 #pragma once
 
-#ifdef VMAMBA_WITH_CUDA
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -66,4 +65,3 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_backward(Tensor grad, Tensor x, T
                                                         Tensor bias1, Tensor weight2_t);
 
 }  // namespace vmamba
-#endif

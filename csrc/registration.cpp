@@ -30,10 +30,6 @@
 
 namespace vmamba {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 Scalar scalar_of(ScalarType type) {
     switch (type) {
         case ScalarType::Float:

@@ -11,7 +11,7 @@
 
 namespace vmamba::cuda {
 
-constexpr int kLongLanes = 4, kLongStates = kWideGroup / kLongLanes;       // of a channel; of a lane
+constexpr int kLongStates = kWideGroup / kLongLanes;                       // of a lane
 constexpr int kLongWarps = kLongTile / 8, kLongThreads = kLongWarps * 32;  // eight channels a warp
 constexpr int kLongSpan = 8;                                               // steps whose results are summed up together
 

@@ -122,6 +122,7 @@ inline bool takes_two_lanes(const Scan& scan, const Cut& chunked) {
 // Whether the long forward (forward_long.cuh) takes a scan: sixteen states, results that are sums, and rows and inputs
 // of 16 bits that can be read eight and sixteen bytes at a time.
 constexpr int kLongTile = 32;      // channels of a block
+constexpr int kLongLanes = 4;      // of a channel; no other forward has as many
 constexpr int kLongMostRank = 16;  // what one product takes
 inline bool serves_long(const Scan& s) {
     return s.states == kWideGroup && s.dtype != Scalar::f32 && s.result != Result::states && s.rank > 0 &&
@@ -130,7 +131,7 @@ inline bool serves_long(const Scan& s) {
 }
 // Whether it is faster than chunks, or than two lanes a channel: of few steps with half as many rows (on an H200).
 inline bool takes_long(const Scan& s, const Cut& chunked) {
-    const int64_t warps = s.batch * s.directions * s.channels / 8;
+    const int64_t warps = s.batch * s.directions * s.channels * kLongLanes / 32;
     return serves_long(s) && chunked.chunks > 1 && (warps >= 768 || (warps >= 384 && s.steps <= 4 * kPageSteps));
 }
 
@@ -144,7 +145,7 @@ inline Cut forward_cut(const Scan& scan, int64_t limit) {
     const int tile = tile_of(1);
     const Fill fill{132 * 20 / 3, scan.states == 1 ? 132 * 20 : 132 * wide_warps(static_cast<int>(scan.rank), tile)};
     const Cut chunked = cut(scan, tile, 1, fill);
-    if (takes_long(scan, chunked)) return cut(scan, kLongTile, 4, {0, 1});
+    if (takes_long(scan, chunked)) return cut(scan, kLongTile, kLongLanes, {0, 1});
     return takes_two_lanes(scan, chunked) ? cut(scan, tile_of(2), 2, {0, 1}) : chunked;
 }
 // Whether the one-state backward keeps its pages in 16 bits: BackwardPage (backward_page.cuh) for each dtype.

@@ -158,7 +158,7 @@ struct BackwardMemory {
 };
 
 void run_forward(const ForwardArgs& args, Pass pass, bool float_out, cudaStream_t stream) {
-    if (args.cut.lanes == 4) {
+    if (args.cut.lanes == kLongLanes) {
         const bool of_bf16 = args.scan.dtype == Scalar::bf16;
         return (of_bf16 ? long_forward<__nv_bfloat16> : long_forward<__half>)(args, float_out, stream);
     }

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vmamba.ops import extension, schema
+from vmamba.ops import schema
 from vmamba.ops.autocast import autocast_dtype
+from vmamba.ops.autocast import has_16bit_kernel as _has_kernel
 from vmamba.ops.eager import asks_for_gradients
 from vmamba.ops.registration import LIBRARY, checkpoint_steps, refuse_derivative
 
@@ -93,15 +94,11 @@ def serves_block(x: Tensor, branch: Tensor | None) -> bool:
     """Whether :func:`block` has kernels for these maps: under autocast to 16 bits, the stream maybe in float32."""
     dtype = autocast_dtype(x)
     return (
-        _has_kernel(x)
-        and dtype in (torch.bfloat16, torch.float16)
+        dtype is not None
+        and _has_kernel(x)
         and x.dtype in (torch.float32, dtype)
         and (branch is None or branch.dtype == dtype)
     )
-
-
-def _has_kernel(x: Tensor) -> bool:
-    return x.is_cuda and extension.has_kernel("cuda")
 
 
 class _Block(torch.autograd.Function):
