@@ -39,11 +39,10 @@ Tensor image_of(const Tensor& map, const Tensor& like) {
                    {height * width * channels, width * channels, channels, 1});
 }
 
-// A part of the features of each direction.
-Tensor columns(const Tensor& params, int64_t directions, int64_t first, int64_t count) {
-    const int64_t batch = params.size(0), positions = params.size(1), width = params.numel() / (batch * positions);
-    return strided(params, {batch, positions, directions, count}, {positions * width, width, width / directions, 1},
-                   first);
+// (batch, positions, K, features)
+Tensor by_direction(const Tensor& params, int64_t directions) {
+    const int64_t positions = params.size(1), width = params.size(2), features = width / directions;
+    return strided(params, {params.size(0), positions, directions, features}, {positions * width, width, features, 1});
 }
 
 Tensor matrix(const Tensor& x) {
@@ -286,9 +285,9 @@ class Forward {
         has_been_read(kept.normed1);
         kept.u = conv_.forward(kept.inner, weights_.conv);
         has_been_read(kept.inner);
-        kept.params = columns(linear(kept.u, kept.x_proj), directions, 0, features);
-        const Tensor dt = columns(kept.params, directions, 0, rank), B = columns(kept.params, directions, rank, states),
-                     C = columns(kept.params, directions, rank + states, states);
+        kept.params = by_direction(linear(kept.u, kept.x_proj), directions);
+        const Tensor dt = features_of(kept.params, 0, rank), B = features_of(kept.params, rank, states),
+                     C = features_of(kept.params, rank + states, states);
         // Sums could exceed float16.
         const ScalarType sums = dtype_ == ScalarType::BFloat16 ? dtype_ : ScalarType::Float;
         std::tie(kept.y, kept.checkpoints) =

@@ -25,6 +25,8 @@ Tensor dense(const Tensor& x);
 // A view of what x is a view of, that many numbers behind x.
 Tensor strided(const Tensor& x, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                int64_t offset = 0);
+// Some of the features of every direction, of params (batch, L, K, features).
+Tensor features_of(const Tensor& params, int64_t first, int64_t count);
 Tensor new_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype);
 void check_device(const Tensor& x, const char* name, const Tensor& map, const char* map_name);
 

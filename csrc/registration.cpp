@@ -94,6 +94,11 @@ Tensor strided(const Tensor& x, const std::vector<int64_t>& sizes, const std::ve
                                                           strides.data(), x.storage_offset() + offset, &view));
     return Tensor(view);
 }
+
+Tensor features_of(const Tensor& params, int64_t first, int64_t count) {
+    return strided(params, {params.size(0), params.size(1), params.size(2), count},
+                   {params.stride(0), params.stride(1), params.stride(2), params.stride(3)}, first * params.stride(3));
+}
 #endif
 
 // Asked first, since even to do nothing the operator goes through the dispatcher.
@@ -330,12 +335,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rows_backward(Tensor 
     STD_TORCH_CHECK(A.dim() == 3 && dt_weight.dim() == 3, "A and dt_weight must have 3 dimensions");
     const int64_t rank = dt_weight.size(2), states = A.size(2), features = rank + 2 * states;
     STD_TORCH_CHECK(params.dim() == 4 && params.size(3) == features, "params must be (batch, L, K, ", features, ")");
-    const auto part = [&](int64_t first, int64_t count) {
-        return strided(params, {params.size(0), params.size(1), params.size(2), count},
-                       {params.stride(0), params.stride(1), params.stride(2), params.stride(3)},
-                       first * params.stride(3));
-    };
-    const Tensor dt = part(0, rank), B = part(rank, states), C = part(rank + states, states);
+    const Tensor dt = features_of(params, 0, rank), B = features_of(params, rank, states),
+                 C = features_of(params, rank + states, states);
     const Arguments arguments(u, dt, A, B, C, D, dt_weight, dt_bias, route, std::nullopt, std::nullopt, true, result,
                               checkpoint_steps);
     Tensor du = gradient_for(u, u), dparams = gradient_for(params, u), dA = gradient_for(A, u), dD = gradient_for(D, u);
